@@ -1,0 +1,1 @@
+"""Turn checkpoints into a bundle, and a bundle's members into engines."""

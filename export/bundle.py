@@ -1,0 +1,179 @@
+"""The contract between training and serving: a directory with everything that serving needs.
+
+    bundle.json      the manifest below: members, labels, preprocessing, measured errors, golden images, provenance
+    members/*.onnx   one graph a member: uint8 (n, h, w, 3) in, float32 (n, classes) probabilities out
+    golden/*.png     pictures whose probabilities the manifest records
+
+Every file is named in the manifest with its SHA-256 and checked before it is used. No torch, and no ONNX library.
+
+    BundleError
+    ├── BundleInvalid   the manifest is missing, of another format, or contradicts itself
+    └── BundleDamaged   a file is missing or is not the one that the manifest describes
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from resnet_ensemble.training.files import write_atomically
+from resnet_ensemble.training.views import PROTOCOLS, Preprocessing
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+
+
+class BundleError(Exception):
+    """A bundle can't be used; the message says why and what to do."""
+
+
+class BundleInvalid(BundleError):
+    """The manifest is missing, of another format, or contradicts itself."""
+
+
+class BundleDamaged(BundleError):
+    """A file is missing or is not the one that the manifest describes."""
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or name != str(path):
+        raise ValueError(f"{name!r} must be a plain path inside the bundle")
+    return name
+
+
+def _protocol(name: str) -> str:
+    if name not in PROTOCOLS:
+        raise ValueError(f"no protocol named {name!r}; there are {', '.join(PROTOCOLS)}")
+    return name
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+Protocol = Annotated[str, AfterValidator(_protocol)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Measured(_Part):
+    """A measured top-1 error in %, never without its protocol and number of images."""
+
+    dataset: str
+    split: str
+    protocol: Protocol
+    images: int = Field(gt=0)
+    top1_error: float = Field(ge=0, le=100)
+    measured_by: str
+
+
+class Member(_Part):
+    """One network of the ensemble."""
+
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9._-]+$")]
+    file: RelativePath
+    sha256: Sha256
+    parameters: int = Field(gt=0)
+    preprocessing: Preprocessing
+    recipe: dict[str, str | int | float | list[float]]
+    measured: tuple[Measured, ...]
+
+
+class Golden(_Part):
+    """A picture and the probabilities that each member gives it: the mean over the views of the golden protocol."""
+
+    file: RelativePath
+    sha256: Sha256
+    probabilities: dict[str, tuple[float, ...]]
+
+
+class Manifest(_Part):
+    """The content of bundle.json."""
+
+    format: Literal[1]
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9._-]+$")]
+    version: str
+    protocol: Protocol
+    labels: tuple[str, ...] = Field(min_length=2)
+    members: tuple[Member, ...] = Field(min_length=1)
+    golden_protocol: Protocol
+    golden_tolerance: float = Field(gt=0, le=0.1)
+    golden: tuple[Golden, ...] = Field(min_length=1)
+    measured: tuple[Measured, ...]
+    provenance: dict[str, str]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        names = [member.name for member in self.members]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two members have the same name: {names}")
+        for golden in self.golden:
+            if golden.probabilities.keys() != set(names):
+                raise ValueError(f"{golden.file} must have probabilities of the members {names}")
+            if any(len(row) != len(self.labels) for row in golden.probabilities.values()):
+                raise ValueError(f"{golden.file} must have {len(self.labels)} probabilities a member, one a label")
+        return self
+
+
+class Bundle:
+    """A bundle on disk. Its files are read through it, so that nothing unverified is used."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read and validate the manifest. Raises BundleInvalid."""
+        file = path / MANIFEST
+        try:
+            text = file.read_text()
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleInvalid(f"no {MANIFEST} in {path}; make a bundle with: python export/to_onnx.py --help") from None
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise BundleInvalid(f"{file} is not JSON ({error}); {_remedy(path)}") from None
+        if isinstance(content, dict) and content.get("format") != FORMAT:
+            found = content.get("format")
+            raise BundleInvalid(f"{file} has bundle format {found!r}; this version reads {FORMAT}: export it again")
+        try:
+            return cls(path, Manifest.model_validate(content))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "it"
+            raise BundleInvalid(f"{file} is not valid: {where}: {first['msg']}; {_remedy(path)}") from None
+
+    def read(self, part: Member | Golden) -> bytes:
+        """The bytes of a member's graph or of a golden picture, checked. Raises BundleDamaged."""
+        file = self.path / part.file
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:
+            raise BundleDamaged(f"{file} is missing; {_remedy(self.path)}") from None
+        if hashlib.sha256(content).hexdigest() != part.sha256:
+            raise BundleDamaged(f"{file} is not the file that {MANIFEST} describes (SHA-256); {_remedy(self.path)}")
+        return content
+
+    @property
+    def identity(self) -> str:
+        """Name, version and the first digits of the members' hashes: what an answer was computed with."""
+        digest = hashlib.sha256("".join(member.sha256 for member in self.manifest.members).encode()).hexdigest()
+        return f"{self.manifest.name}-{self.manifest.version}-{digest[:8]}"
+
+
+def write(path: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+    """Write the files, then the manifest, each atomically: a manifest never names a file that is not there yet."""
+    for name, content in files.items():
+        write_atomically(path / name, content)
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    write_atomically(path / MANIFEST, f"{text}\n".encode())
+    return Bundle(path, manifest)
+
+
+def _remedy(path: Path) -> str:
+    return f"restore {path} (git checkout -- {path.name}/ from its folder) or export it again with export/to_onnx.py"

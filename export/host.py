@@ -1,0 +1,35 @@
+"""What this host is, as far as an engine depends on it."""
+
+import math
+import os
+import platform
+from pathlib import Path
+
+
+def cores() -> int:
+    """CPU cores that this process may use: its affinity, and the cgroup's quota rounded up.
+
+    Python and ONNX Runtime count the machine's cores, which in a container are not ours.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(affinity, _quota(Path("/sys/fs/cgroup/cpu.max")) or affinity))
+
+
+def cpu() -> str:
+    """The CPU's model, and the vector instructions that compiled graphs may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    about = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    flags = sorted(flag for flag in about.get("flags", "").split() if flag.startswith(("avx", "amx", "fma")))
+    return " ".join([about.get("model name", platform.machine()).strip(), *flags])
+
+
+def _quota(file: Path) -> int | None:
+    """Cores of a cgroup v2 `cpu.max` file ("200000 100000": two), None without a limit."""
+    try:
+        quota, period = file.read_text().split()
+    except (OSError, ValueError):  # no cgroup v2 here
+        return None
+    return None if quota == "max" else math.ceil(int(quota) / int(period))

@@ -1,0 +1,1 @@
+"""Serve a bundle: the averaged ensemble over HTTP."""

@@ -1,0 +1,107 @@
+"""What one test-time view is, and the protocols. NumPy and Pillow, no torch: training and serving both use it.
+
+A picture becomes views in three steps: resize its shorter side, pad it with the mean colour, cut windows out of it
+and out of its mirror. The geometry is torchvision's `Resize` on a PIL image, `Pad`, `FiveCrop` and `TenCrop`, to the
+pixel (tests/training/test_views.py compares them), which is also what the paper's ten crops are.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Position = Literal["top-left", "top-right", "bottom-left", "bottom-right", "center"]
+POSITIONS: tuple[Position, ...] = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
+
+
+@dataclass(frozen=True)
+class View:
+    """One test-time input: a window on the resized image, or on its mirror.
+
+    The window of a mirrored view is placed on the mirrored image, as in torchvision's `TenCrop`: when the margin is
+    odd, the mirrored centre is not quite the mirror of the centre.
+    """
+
+    position: Position
+    mirrored: bool = False
+
+
+PROTOCOLS: dict[str, tuple[View, ...]] = {
+    "center": (View("center"),),
+    "flip": (View("center"), View("center", mirrored=True)),
+    "10crop": tuple(View(position, mirrored) for mirrored in (False, True) for position in POSITIONS),
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a member wants to see a picture; it belongs to each checkpoint, never to the server.
+
+    - resize: pixels of the shorter side after resizing (bilinear, antialiased, the longer side rounded down)
+    - crop: pixels of a view's side
+    - padding: pixels of the mean colour added on each side of the resized image
+    - mean, std: per channel, red green blue, in units of 0 to 1; applied inside the exported graph
+    """
+
+    resize: int
+    crop: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.resize, self.crop) < 1 or self.padding < 0:
+            raise ValueError(f"resize {self.resize}, crop {self.crop} and padding {self.padding} must be positive")
+        if self.crop > self.resize + 2 * self.padding:
+            raise ValueError(f"a crop of {self.crop} does not fit into {self.resize} + 2 * {self.padding} pixels")
+        if not all(0 <= channel <= 1 for channel in self.mean) or not all(channel > 0 for channel in self.std):
+            raise ValueError(f"mean {self.mean} must lie in 0 to 1 and std {self.std} above 0")
+
+
+def make_views(image: Image.Image, preprocessing: Preprocessing, protocol: str) -> NDArray[np.uint8]:
+    """The views of an RGB image under a protocol: uint8 (views, crop, crop, 3), in the protocol's order."""
+    pixels = np.asarray(resize(image, preprocessing.resize))  # (h, w, 3)
+    if preprocessing.padding:
+        pixels = pad(pixels, preprocessing.padding, mean_colour(preprocessing.mean))
+    mirror = pixels[:, ::-1]
+    crop = preprocessing.crop
+    views = np.empty((len(PROTOCOLS[protocol]), crop, crop, 3), np.uint8)
+    for out, view in zip(views, PROTOCOLS[protocol], strict=True):
+        top, left = corner(view.position, pixels.shape[0], pixels.shape[1], crop)
+        out[:] = (mirror if view.mirrored else pixels)[top : top + crop, left : left + crop]
+    return views
+
+
+def resize(image: Image.Image, shorter_side: int) -> Image.Image:
+    """Resize so that the shorter side has that many pixels, as torchvision's `Resize` does."""
+    width, height = image.size
+    if width <= height:
+        size = (shorter_side, int(shorter_side * height / width))
+    else:
+        size = (int(shorter_side * width / height), shorter_side)
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def pad(pixels: NDArray[np.uint8], padding: int, colour: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Surround (h, w, 3) by `padding` pixels of one colour."""
+    height, width, _ = pixels.shape
+    padded = np.empty((height + 2 * padding, width + 2 * padding, 3), np.uint8)
+    padded[:] = colour
+    padded[padding : padding + height, padding : padding + width] = pixels
+    return padded
+
+
+def corner(position: Position, height: int, width: int, crop: int) -> tuple[int, int]:
+    """Top and left of a window. Halves round to even, as in torchvision's `center_crop`."""
+    if position == "center":
+        return round((height - crop) / 2), round((width - crop) / 2)
+    vertical, horizontal = position.split("-")
+    return (0 if vertical == "top" else height - crop), (0 if horizontal == "left" else width - crop)
+
+
+def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """The byte colour nearest to a mean given in units of 0 to 1."""
+    red, green, blue = (round(255 * channel) for channel in mean)
+    return red, green, blue
