@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from resnet_ensemble.export import golden
+from resnet_ensemble.export import drawings
 from resnet_ensemble.export.bundle import Bundle, Golden, Manifest, Measured, Member, write
 from resnet_ensemble.training import checkpoint, cifar10
 from resnet_ensemble.training.checkpoint import Checkpoint
@@ -104,7 +104,7 @@ def to_onnx(graph: Graph) -> bytes:
 
 def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str) -> Bundle:
     """Write a bundle with one member a checkpoint."""
-    pictures = golden.pictures()
+    pictures = drawings.pictures()
     files = {f"golden/{title}.png": content for title, content in pictures.items()}
     members: list[Member] = []
     expected: dict[str, dict[str, tuple[float, ...]]] = {title: {} for title in pictures}
@@ -150,7 +150,7 @@ def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str
         measured=(),
         provenance={
             "weights": "trained by this project on the first 45,000 CIFAR-10 training images; MIT",
-            "golden": "drawn by export/golden.py; probabilities by torch in float32",
+            "golden": "drawn by export/drawings.py; probabilities by torch in float32",
             "torch": torch.__version__,
             "onnx": importlib.metadata.version("onnx"),
             "python": platform.python_version(),

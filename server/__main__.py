@@ -1,0 +1,53 @@
+"""Serve a bundle: python -m resnet_ensemble.server
+
+Settings come from environment variables that begin with RESNET_ (see settings.py). SIGTERM and SIGINT stop the
+listener, answer what was accepted, and exit with 0.
+"""
+
+import logging
+import signal
+import sys
+import warnings
+
+import uvicorn
+
+from resnet_ensemble.server.app import create_app
+from resnet_ensemble.server.service import Service
+from resnet_ensemble.server.settings import from_environment
+
+
+def main() -> int:
+    """Run until a signal, or until the bundle turns out not to be servable."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Strangers' images would fill the log: Pillow warns of much that it then decodes well.
+    warnings.filterwarnings("ignore", module="PIL")
+    try:
+        settings = from_environment()
+    except ValueError as error:
+        print(f"resnet_ensemble.server: {error}", file=sys.stderr)
+        return 2
+
+    fatal: list[str] = []
+
+    def stop(message: str) -> None:
+        fatal.append(message)
+        server.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(Service(settings, on_fatal=stop)),
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=settings.drain_seconds,
+        access_log=False,
+        log_config=None,
+    )
+    server = uvicorn.Server(config)
+    # uvicorn raises the signal again after a clean stop; with these handlers that does not turn into an exit code.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server.run()
+    return 1 if fatal or not server.started else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""The HTTP interface."""
+
+import asyncio
+import importlib.metadata
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
+from fastapi_offline import FastAPIOffline
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from resnet_ensemble.server import metrics, uploads
+from resnet_ensemble.server.envelope import Envelope
+from resnet_ensemble.server.errors import CONTENT_TYPE, KINDS, ApiError, Problem, problem
+from resnet_ensemble.server.schemas import (
+    Info,
+    MemberDescription,
+    Options,
+    Prediction,
+    Result,
+    Results,
+    Status,
+)
+from resnet_ensemble.server.service import Service
+from resnet_ensemble.server.uploads import Upload
+from resnet_ensemble.training.views import PROTOCOLS
+
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is for the metrics
+_HTTP_CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed"}
+
+_T = TypeVar("_T")
+router = APIRouter()
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_PREDICT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {
+                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
+                        "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
+                        "protocol": {"type": "string", "enum": list(PROTOCOLS)},
+                    },
+                    "additionalProperties": False,
+                },
+                "encoding": {"image": {"contentType": "image/*"}},
+            },
+            "image/*": _BINARY,
+            "application/octet-stream": _BINARY,
+        },
+    }
+}
+
+
+def _problems(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses for the codes, joined by status."""
+    by_status: dict[int | str, dict[str, Any]] = {}
+    for code in codes:
+        entry = by_status.setdefault(
+            KINDS[code].status, {"description": "", "content": {CONTENT_TYPE: {"schema": Problem.model_json_schema()}}}
+        )
+        entry["description"] = ", ".join(filter(None, [entry["description"], f"`{code}`"]))
+    return by_status
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application that answers for `service`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.stop()
+
+    app = FastAPIOffline(
+        title="resnet-ensemble",
+        description="Classifies images with the averaged ensemble of residual networks (arXiv 1512.03385).",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(router)
+    app.add_middleware(Envelope, metrics=service.metrics, max_request_bytes=service.settings.max_request_bytes)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_exception)
+    return app
+
+
+@router.post(
+    "/predict",
+    summary="Classify one image or several",
+    openapi_extra=_PREDICT_BODY,
+    responses=_problems(*(code for code in KINDS if code not in ("not_found", "method_not_allowed"))),
+)
+async def predict(
+    request: Request, response: Response, options: Annotated[Options, Query()]
+) -> Prediction | Results:
+    """One image is answered with its prediction; several with `results` in their order, each failing alone.
+
+    Send a form with one or more `image` files, or the bytes of one image as the body. `top_k` and `protocol` are
+    query parameters or form fields.
+    """
+    service = _service(request)
+    classifier = service.classifier
+    classifier.check_admission()
+    try:
+        async with asyncio.timeout(service.settings.upload_seconds):
+            upload = await uploads.read(request, service.settings)
+    except TimeoutError:
+        seconds = service.settings.upload_seconds
+        raise ApiError("slow_upload", f"the request's body did not arrive within {seconds:g} s") from None
+    options = _with_fields(options, upload.fields)
+    client = request.client.host if request.client else "unknown"
+    with service.quota.hold(client, len(upload.images)), service.metrics.in_flight.track_inprogress():
+        answers = await _unless_disconnected(request, classifier.classify(upload.images, options))
+    response.headers["X-Bundle"] = classifier.bundle.identity
+    if len(answers) > 1:
+        return _results(request, answers, upload)
+    if isinstance(answers[0], ApiError):
+        raise answers[0]
+    _tell_in_headers(answers[0], response)
+    return answers[0]
+
+
+@router.api_route("/livez", methods=["GET", "HEAD"], summary="Is the process alive?", operation_id="livez")
+async def livez() -> Status:
+    """Answers as soon as the server listens."""
+    return Status()
+
+
+@router.api_route(
+    "/readyz",
+    methods=["GET", "HEAD"],
+    summary="Can it answer?",
+    operation_id="readyz",
+    responses=_problems("not_ready"),
+)
+async def readyz(request: Request) -> Status:
+    """Ready once every engine is warm and has given the bundle's golden probabilities."""
+    _ = _service(request).classifier
+    return Status()
+
+
+@router.get("/info", summary="What is served here", responses=_problems("not_ready"))
+async def info(request: Request) -> Info:
+    """The bundle, its members and their engines, protocols, measured errors, limits."""
+    service = _service(request)
+    classifier, settings = service.classifier, service.settings
+    manifest = classifier.bundle.manifest
+    members = [
+        MemberDescription(
+            name=member.name,
+            sha256=member.sha256,
+            parameters=member.parameters,
+            preprocessing=member.preprocessing,
+            measured=member.measured,
+            engine=engine.info,
+        )
+        for member, engine in zip(manifest.members, classifier.engines, strict=True)
+    ]
+    return Info(
+        bundle=classifier.bundle.identity,
+        version=importlib.metadata.version("resnet-ensemble"),
+        labels=manifest.labels,
+        protocol=manifest.protocol,
+        protocols={name: len(views) for name, views in PROTOCOLS.items()},
+        members=members,
+        measured=manifest.measured,
+        streams=settings.streams,
+        max_batch=settings.max_batch,
+        limits={name: value for name, value in settings.model_dump().items() if name.startswith("max_")},
+    )
+
+
+@router.get("/metrics", summary="Measurements for Prometheus", response_class=Response)
+async def measurements(request: Request) -> Response:
+    """The Prometheus text format."""
+    return Response(_service(request).metrics.render(), media_type=metrics.CONTENT_TYPE)
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> RedirectResponse:
+    """A person who opens the server in a browser gets its documentation."""
+    return RedirectResponse("docs")
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _with_fields(options: Options, fields: dict[str, str]) -> Options:
+    """Options from the query, completed by form fields."""
+    given = options.model_dump(exclude_unset=True)
+    twice = given.keys() & fields.keys()
+    if twice:
+        raise ApiError("invalid_option", f"{', '.join(sorted(twice))} is given in the query and in the form")
+    try:
+        return Options.model_validate(given | fields)
+    except ValidationError as error:
+        raise ApiError("invalid_option", _explain(error.errors())) from None
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:
+    """Await `work`, but cancel it when the client goes away, so that its views leave the queues."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _results(request: Request, answers: list[Prediction | ApiError], upload: Upload) -> Results:
+    results = []
+    for position, (answer, filename) in enumerate(zip(answers, upload.filenames, strict=True)):
+        if isinstance(answer, ApiError):
+            _service(request).metrics.errors.labels(answer.code).inc()
+            results.append(Result(position=position, filename=filename, problem=problem(answer, _request_id(request))))
+        else:
+            results.append(Result(position=position, filename=filename, prediction=answer))
+    return Results(results=results)
+
+
+def _tell_in_headers(prediction: Prediction, response: Response) -> None:
+    timings = prediction.timings_ms.model_dump()
+    response.headers["Server-Timing"] = ", ".join(f"{stage};dur={value:g}" for stage, value in timings.items())
+    response.headers["X-Protocol"] = prediction.protocol
+    response.headers["X-Views-Used"] = str(prediction.views_used)
+    response.headers["X-Views-Planned"] = str(prediction.views_planned)
+
+
+def _request_id(request: Request) -> str:
+    return str(request.state.request_id)
+
+
+def _explain(errors: Any) -> str:
+    return "; ".join(f"{error['loc'][-1]}: {error['msg']}" for error in errors)
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    _service(request).metrics.errors.labels(error.code).inc()
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    body = problem(error, _request_id(request)).model_dump_json()
+    return Response(body, error.kind.status, headers, CONTENT_TYPE)
+
+
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return await _on_api_error(request, ApiError("invalid_option", _explain(error.errors())))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "internal_error")
+    response = await _on_api_error(request, ApiError(code, f"{request.method} {request.url.path}: {error.detail}"))
+    response.headers.update(error.headers or {})  # 405 says which methods are allowed
+    return response
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _on_exception(request: Request, error: Exception) -> Response:
+    """Starlette logs the traceback after this; the client gets no internals."""
+    response = await _on_api_error(request, ApiError("internal_error", "the failure was logged with this request's id"))
+    response.headers["X-Request-ID"] = _request_id(request)  # this handler runs outside the envelope
+    return response

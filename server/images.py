@@ -1,0 +1,83 @@
+"""Bytes from a stranger to an RGB image, safely.
+
+The format must be on the list, limits are checked on the header before any pixel is decoded, and whatever a decoder
+does with hostile bytes ends as an ApiError.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from resnet_ensemble.server.errors import ApiError
+
+# JPEG includes MPO, which many phones write: a JPEG that holds more than one picture.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# Resizing the shorter side of a 1 x 60,000 image to 256 pixels would make a 15 million pixel wide one.
+MAX_ASPECT_RATIO = 100
+_BACKGROUND = (255, 255, 255)
+
+# Pillow's own limit only warns, per process; `decode` refuses on the caller's limit, before decoding.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def decode(content: bytes, *, max_pixels: int) -> Image.Image:
+    """The first frame, upright (EXIF orientation), as RGB; transparency becomes white. Raises ApiError."""
+    if not content:
+        raise ApiError("empty_image", "the image has 0 bytes")
+    image = _open(content)
+    _check_size(image.size, max_pixels)
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except ApiError:
+        raise
+    except Exception as error:  # decoders raise almost anything when fed hostile bytes
+        raise ApiError("corrupt_image", f"the {image.format} can't be decoded: {_reason(error)}") from error
+
+
+def _open(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise ApiError("unsupported_image_format", f"the bytes are none of {', '.join(FORMATS)}") from None
+    except Exception as error:  # as above: a header can be hostile too
+        raise ApiError("corrupt_image", f"the image's header can't be read: {_reason(error)}") from error
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ApiError("corrupt_image", f"the image says that it is {width} x {height} pixels")
+    if width * height > max_pixels:
+        raise ApiError("too_many_pixels", f"the image has {width} x {height} pixels; at most {max_pixels} are allowed")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ApiError(
+            "extreme_aspect_ratio", f"the image is {width} x {height}; one side may be {MAX_ASPECT_RATIO} times the other"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data around a sound picture: show it as it lies
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F", "LAB"):
+        raise ApiError(
+            "unsupported_pixel_type",
+            f"pixels of the type {image.mode} have no agreed brightness; convert them to 8 or 16 bits a channel",
+        )
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        opaque = Image.new("RGBA", rgba.size, _BACKGROUND)
+        return Image.alpha_composite(opaque, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]

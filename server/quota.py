@@ -1,0 +1,33 @@
+"""How many images one client may have in progress."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from resnet_ensemble.server.errors import ApiError
+
+
+class Quota:
+    """Counts images by client; used from the event loop only."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def hold(self, client: str, images: int) -> Iterator[None]:
+        """Count `images` while the block runs. Raises ApiError("quota_exceeded")."""
+        if self._held[client] + images > self._limit:
+            held = self._held[client]
+            raise ApiError(
+                "quota_exceeded",
+                f"{client} has {held} images in progress and asks for {images} more; {self._limit} are allowed",
+                retry_after=1,
+            )
+        self._held[client] += images
+        try:
+            yield
+        finally:
+            self._held[client] -= images
+            if not self._held[client]:
+                del self._held[client]

@@ -1,0 +1,73 @@
+"""The server's settings: one frozen object, from environment variables that begin with RESNET_."""
+
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from resnet_ensemble.export.host import cores
+
+PREFIX = "RESNET_"
+CLIENT_PREFIX = "RESNET_CLIENT_"  # the SDK's own variables
+SHIPPED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
+
+
+class Settings(BaseSettings):
+    """Limits are of one server process. An unknown RESNET_ variable or a contradiction stops the start."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    bundle: Path = SHIPPED_BUNDLE
+    """The folder of the bundle to serve."""
+    host: str = "127.0.0.1"
+    """The address to listen on; 0.0.0.0 for every interface."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """The TCP port to listen on."""
+    backend: Literal["auto", "onnxruntime", "fake"] = "auto"
+    """What runs the members: the best that is installed, one by name, or `fake`, which needs no weights."""
+    streams: int = Field(default_factory=cores, ge=1)
+    """Engine runs side by side. The default is the number of cores that this process may use."""
+    max_batch: int = Field(default=32, ge=1)
+    """Views in one engine run."""
+    max_wait_seconds: float = Field(default=10.0, gt=0)
+    """Predicted wait in the queue above which new requests are answered with 503."""
+    max_request_bytes: int = Field(default=100 * 2**20, ge=1)
+    """Bytes of a request's body."""
+    max_image_bytes: int = Field(default=20 * 2**20, ge=1)
+    """Bytes of one encoded image."""
+    max_image_pixels: int = Field(default=50_000_000, ge=1)
+    """Width times height of one image, read from its header before it is decoded."""
+    max_images_per_request: int = Field(default=64, ge=1)
+    """`image` parts in one request."""
+    max_images_per_client: int = Field(default=256, ge=1)
+    """Images in progress for one client address; above it the answer is 429."""
+    upload_seconds: float = Field(default=30.0, gt=0)
+    """How long a request's body may take to arrive."""
+    drain_seconds: int = Field(default=30, ge=1)
+    """How long SIGTERM waits for accepted requests."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.max_image_bytes > self.max_request_bytes:
+            raise ValueError(
+                f"RESNET_MAX_IMAGE_BYTES ({self.max_image_bytes}) is more than a whole request may have, "
+                f"RESNET_MAX_REQUEST_BYTES ({self.max_request_bytes})"
+            )
+        if self.max_images_per_request > self.max_images_per_client:
+            raise ValueError(
+                f"RESNET_MAX_IMAGES_PER_REQUEST ({self.max_images_per_request}) is more than one client may have in "
+                f"progress, RESNET_MAX_IMAGES_PER_CLIENT ({self.max_images_per_client})"
+            )
+        return self
+
+
+def from_environment() -> Settings:
+    """The settings of this process. Raises ValueError for an unknown variable or a wrong value."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for name in os.environ:
+        upper = name.upper()
+        if upper.startswith(PREFIX) and not upper.startswith(CLIENT_PREFIX) and upper not in known:
+            raise ValueError(f"{name} is not a setting; there are {', '.join(sorted(known))}")
+    return Settings()

@@ -1,0 +1,79 @@
+"""Reading the images of a request: a raw body, or the `image` parts of a form."""
+
+from dataclasses import dataclass, field
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.settings import Settings
+
+FIELD = "image"
+HINT = "send a form (curl -F image=@cat.jpg) or the image itself (curl --data-binary @cat.jpg -H 'Content-Type: image/jpeg')"
+_MAX_PARTS = 2000  # more than any setting makes sense for; beyond it the parser stops
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a request brought.
+
+    - images: encoded bytes, or the error that only this image has, in the order of the request
+    - filenames: as sent, one an image
+    - fields: the form's other fields
+    """
+
+    images: list[bytes | ApiError]
+    filenames: list[str | None]
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+async def read(request: Request, settings: Settings) -> Upload:
+    """Read and sort a request's body. Raises ApiError."""
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        return await _read_form(request, settings)
+    if content_type in ("", "application/octet-stream") or content_type.startswith("image/"):
+        return Upload([_checked(await request.body(), settings)], [None])
+    raise ApiError("unsupported_media_type", f"the content type is {content_type}; {HINT}")
+
+
+async def _read_form(request: Request, settings: Settings) -> Upload:
+    upload = Upload([], [])
+    try:
+        async with request.form(max_files=_MAX_PARTS, max_fields=_MAX_PARTS) as form:
+            for name, value in form.multi_items():
+                if name == FIELD and isinstance(value, UploadFile):
+                    if len(upload.images) == settings.max_images_per_request:
+                        raise ApiError(
+                            "too_many_images", f"at most {settings.max_images_per_request} images fit into one request"
+                        )
+                    upload.images.append(await _part(value, settings))
+                    upload.filenames.append(value.filename)
+                elif name == FIELD:
+                    raise ApiError("missing_image", f"the part {FIELD} is text, not a file; {HINT}")
+                elif isinstance(value, UploadFile):
+                    raise ApiError("invalid_option", f"no file part is named {name!r}: name it {FIELD!r}; {HINT}")
+                elif name in upload.fields:
+                    raise ApiError("invalid_option", f"{name} is given twice")
+                else:
+                    upload.fields[name] = value
+    except HTTPException as error:  # Starlette's parser says 400
+        raise ApiError("malformed_request", str(error.detail)) from None
+    if not upload.images:
+        raise ApiError("missing_image", f"the form has no part {FIELD}; {HINT}")
+    return upload
+
+
+async def _part(part: UploadFile, settings: Settings) -> bytes | ApiError:
+    if part.size is not None and part.size > settings.max_image_bytes:
+        return _too_large(part.size, settings)
+    return _checked(await part.read(), settings)
+
+
+def _checked(content: bytes, settings: Settings) -> bytes | ApiError:
+    return content if len(content) <= settings.max_image_bytes else _too_large(len(content), settings)
+
+
+def _too_large(size: int, settings: Settings) -> ApiError:
+    return ApiError("image_too_large", f"the image has {size} bytes; at most {settings.max_image_bytes} are allowed")
