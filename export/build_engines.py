@@ -66,8 +66,10 @@ def rate(engine: engines.Engine, side: int, batch: int) -> float:
 
 def build_all(bundle: Bundle) -> list[tuple[Record, bool]]:
     """Every (member, backend) of this host: its record, and whether a stored engine was reused."""
-    for part in (*bundle.manifest.members, *bundle.manifest.golden):
-        bundle.read(part)
+    for member in bundle.manifest.members:
+        bundle.read(member)
+    for picture in bundle.manifest.golden:
+        bundle.read(picture)
     store = EngineStore(bundle)
     found: list[tuple[Record, bool]] = []
     wanted = [(member, backend) for member in bundle.manifest.members for backend in engines.BACKENDS]
@@ -105,7 +107,9 @@ def table(found: list[tuple[Record, bool]], tolerance: float) -> str:
 def main() -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path, nargs="?", default=SHIPPED, help="a bundle's folder (default: %(default)s)")
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", default=SHIPPED, help="a bundle's folder (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     try:
         bundle = Bundle.open(arguments.bundle)

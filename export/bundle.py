@@ -133,7 +133,9 @@ class Bundle:
         try:
             text = file.read_text()
         except (FileNotFoundError, NotADirectoryError):
-            raise BundleInvalid(f"no {MANIFEST} in {path}; make a bundle with: python export/to_onnx.py --help") from None
+            raise BundleInvalid(
+                f"no {MANIFEST} in {path}; make a bundle with: python export/to_onnx.py --help"
+            ) from None
         try:
             content = json.loads(text)
         except ValueError as error:

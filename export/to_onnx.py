@@ -50,6 +50,9 @@ class ExportError(Exception):
 class Graph(nn.Module):
     """uint8 (n, h, w, 3) → float32 (n, classes) probabilities."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network
@@ -72,7 +75,7 @@ def network_of(saved: Checkpoint) -> nn.Module:
     """The checkpoint's network in evaluation mode, in plain contiguous memory."""
     network = build(saved.recipe.depth, saved.recipe.classes)
     network.load_state_dict(saved.weights)
-    return network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
+    return network.eval().to(memory_format=torch.contiguous_format)
 
 
 def to_onnx(graph: Graph) -> bytes:
@@ -97,7 +100,7 @@ def to_onnx(graph: Graph) -> bytes:
     _strip_traces(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    content = model.SerializeToString()
+    content: bytes = model.SerializeToString()
     _compare(content, graph)
     return content
 
@@ -164,9 +167,10 @@ def _fold_batch_norm(graph: Graph) -> None:
     for module in graph.modules():
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d) and name.startswith("conv"):
-                norm = name.replace("conv", "bn")
-                setattr(module, name, fuse_conv_bn_eval(child, module.get_submodule(norm)))
-                setattr(module, norm, nn.Identity())
+                norm = module.get_submodule(name.replace("conv", "bn"))
+                assert isinstance(norm, nn.BatchNorm2d)
+                setattr(module, name, fuse_conv_bn_eval(child, norm))
+                setattr(module, name.replace("conv", "bn"), nn.Identity())
 
 
 def _name_dimensions(model: onnx.ModelProto) -> None:
@@ -198,7 +202,9 @@ def _compare(content: bytes, graph: Graph) -> None:
         views = generator.integers(0, 256, (batch, height, width, 3), np.uint8)
         difference = np.abs(session.run(None, {"views": views})[0] - graph(torch.from_numpy(views)).numpy()).max()
         if not difference <= TOLERANCE:
-            raise ExportError(f"the graph differs from torch by {difference:.2g} at {views.shape}; allowed: {TOLERANCE}")
+            raise ExportError(
+                f"the graph differs from torch by {difference:.2g} at {views.shape}; allowed: {TOLERANCE}"
+            )
 
 
 @torch.inference_mode()

@@ -76,7 +76,7 @@ def create_app(service: Service) -> FastAPI:
     """The application that answers for `service`."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await service.start()
         yield
         await service.stop()
@@ -104,9 +104,7 @@ def create_app(service: Service) -> FastAPI:
     openapi_extra=_PREDICT_BODY,
     responses=_problems(*(code for code in KINDS if code not in ("not_found", "method_not_allowed"))),
 )
-async def predict(
-    request: Request, response: Response, options: Annotated[Options, Query()]
-) -> Prediction | Results:
+async def predict(request: Request, response: Response, options: Annotated[Options, Query()]) -> Prediction | Results:
     """One image is answered with its prediction; several with `results` in their order, each failing alone.
 
     Send a form with one or more `image` files, or the bytes of one image as the body. `top_k` and `protocol` are
@@ -280,11 +278,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _on_disconnect(request: Request, error: Exception) -> Response:
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _on_exception(request: Request, error: Exception) -> Response:
+async def _on_exception(request: Request, _error: Exception) -> Response:
     """Starlette logs the traceback after this; the client gets no internals."""
     response = await _on_api_error(request, ApiError("internal_error", "the failure was logged with this request's id"))
     response.headers["X-Request-ID"] = _request_id(request)  # this handler runs outside the envelope

@@ -46,7 +46,9 @@ def open_engines(bundle: Bundle, settings: Settings) -> list[Engine]:
     for member, engine in zip(members, opened, strict=True):
         difference = golden.check(engine, bundle, member)
         info = engine.info
-        log.info("%s on %s %s %s: golden check %.1e", member.name, info.backend, info.version, info.precision, difference)
+        log.info(
+            "%s on %s %s %s: golden check %.1e", member.name, info.backend, info.version, info.precision, difference
+        )
     return opened
 
 
@@ -90,7 +92,9 @@ class Classifier:
         jobs = iter(self._admit(protocol, len(sound)))
         return await asyncio.gather(
             *(
-                _passed(content) if isinstance(content, ApiError) else self._answer(next(jobs), content, protocol, options)
+                _passed(content)
+                if isinstance(content, ApiError)
+                else self._answer(next(jobs), content, protocol, options)
                 for content in contents
             )
         )
@@ -120,8 +124,8 @@ class Classifier:
             tally = await asyncio.wrap_future(self.scheduler.submit(job, prepared.views))
         except ApiError as error:
             return error
-        except EngineFailure as error:
-            log.error("engine failure: %s", error)
+        except EngineFailure:
+            log.exception("engine failure")
             return ApiError("engine_failure", "a model failed on this image, even when it was run alone")
         finally:
             self.scheduler.release(job)
@@ -138,7 +142,9 @@ class Classifier:
         views = [made[member.preprocessing] for member in self._manifest.members]
         return _Prepared(views, decoded - began, time.monotonic() - decoded)
 
-    def _prediction(self, tally: Tally, prepared: _Prepared, protocol: str, options: Options, began: float) -> Prediction:
+    def _prediction(
+        self, tally: Tally, prepared: _Prepared, protocol: str, options: Options, began: float
+    ) -> Prediction:
         averaging = time.monotonic()
         mean = ensemble.average(tally.sums, tally.views)
         top = [self._class(mean.ensemble, index) for index in ensemble.top(mean.ensemble, options.top_k)]

@@ -26,6 +26,6 @@ def average(sums: NDArray[np.float64], views: NDArray[np.int64]) -> Average:
 
 
 def top(probabilities: NDArray[np.float64], count: int) -> list[int]:
-    """Indices of the `count` largest, largest first; of equals the lower index first, so that answers are repeatable."""
+    """Indices of the `count` largest, largest first; of equals the lower first, so that answers are repeatable."""
     order = np.argsort(-probabilities, kind="stable")
     return [int(index) for index in order[:count]]

@@ -7,7 +7,7 @@ does with hostile bytes ends as an ApiError.
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from resnet_ensemble.server.errors import ApiError
 
@@ -39,7 +39,7 @@ def decode(content: bytes, *, max_pixels: int) -> Image.Image:
 def _open(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ApiError("unsupported_image_format", f"the bytes are none of {', '.join(FORMATS)}") from None
     except Exception as error:  # as above: a header can be hostile too
         raise ApiError("corrupt_image", f"the image's header can't be read: {_reason(error)}") from error
@@ -53,14 +53,15 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise ApiError("too_many_pixels", f"the image has {width} x {height} pixels; at most {max_pixels} are allowed")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ApiError(
-            "extreme_aspect_ratio", f"the image is {width} x {height}; one side may be {MAX_ASPECT_RATIO} times the other"
+            "extreme_aspect_ratio",
+            f"the image is {width} x {height}; one side may be {MAX_ASPECT_RATIO} times the other",
         )
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data around a sound picture: show it as it lies
+    except Exception:  # noqa: BLE001  # damaged EXIF data around a sound picture: show it as it lies
         return image
 
 

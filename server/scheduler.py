@@ -58,7 +58,7 @@ class Job:
     views_per_member: int
     sums: NDArray[np.float64]
     views: NDArray[np.int64]
-    future: "Future[Tally]" = field(default_factory=lambda: Future())
+    future: "Future[Tally]" = field(default_factory=Future)
     active: bool = True  # until it is finished, failed or released
     submitted: float = 0.0
     started: float = 0.0
@@ -212,7 +212,7 @@ class Scheduler:
     def _run(self, member: int, batch: list[_Item]) -> None:
         try:
             probabilities = self._infer(member, [item.views for item in batch])
-        except Exception as error:  # the edge between us and a backend, which may raise anything
+        except Exception as error:  # noqa: BLE001  # the edge between us and a backend, which may raise anything
             if len(batch) == 1:
                 self._fail(batch[0].job, error)
             else:

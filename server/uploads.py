@@ -10,7 +10,10 @@ from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.settings import Settings
 
 FIELD = "image"
-HINT = "send a form (curl -F image=@cat.jpg) or the image itself (curl --data-binary @cat.jpg -H 'Content-Type: image/jpeg')"
+HINT = (
+    "send a form (curl -F image=@cat.jpg) or the image itself "
+    "(curl --data-binary @cat.jpg -H 'Content-Type: image/jpeg')"
+)
 _MAX_PARTS = 2000  # more than any setting makes sense for; beyond it the parser stops
 
 

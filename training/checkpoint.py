@@ -91,7 +91,8 @@ def _recipe(values: dict[str, Any], path: Path) -> Recipe:
     unknown = values.keys() ^ {f.name for f in fields(Recipe)}
     if unknown:
         raise CheckpointError(f"{path} was made by another version: its recipe differs in {', '.join(sorted(unknown))}")
-    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    as_tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Recipe(**as_tuples)
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

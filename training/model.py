@@ -99,4 +99,4 @@ def _initialise(model: nn.Module) -> None:
 
 def build(depth: int, classes: int) -> nn.Module:
     """The network that a checkpoint's recipe describes."""
-    return CifarResNet(depth, classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return CifarResNet(depth, classes).to(memory_format=torch.channels_last)

@@ -56,19 +56,24 @@ def train(recipe: Recipe, data: Path, folder: Path) -> Checkpoint:
         model.train()
         loss_sum, wrong, rate = torch.zeros((), device=device), torch.zeros((), device=device), 0.0
         batches = _batches(padded, labels, recipe, epoch)
-        progress = tqdm(batches, f"{recipe.name} {epoch + 1}/{recipe.epochs}", steps_an_epoch, unit="batch", leave=False, disable=None)
+        progress = tqdm(
+            batches,
+            f"{recipe.name} {epoch + 1}/{recipe.epochs}",
+            steps_an_epoch,
+            unit="batch",
+            leave=False,
+            disable=None,
+        )
         for i, (images, target) in enumerate(progress):
             step = epoch * steps_an_epoch + i
-            rate = augment.one_cycle(
-                step, steps=steps, peak=recipe.peak_learning_rate, warm_up=recipe.warm_up
-            )
+            rate = augment.one_cycle(step, steps=steps, peak=recipe.peak_learning_rate, warm_up=recipe.warm_up)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             target = target.to(device)
             with _bf16(device):
                 logits = model(augment.normalise(images.to(device), recipe.mean, recipe.std))
                 loss = F.cross_entropy(logits.float(), target)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
             loss_sum += loss.detach()
@@ -90,7 +95,9 @@ def train(recipe: Recipe, data: Path, folder: Path) -> Checkpoint:
         saved = Checkpoint(recipe, model.state_dict(), _momentum(model, optimizer), history)
         checkpoint.save(path, saved)
         write_log(folder / "log.csv", history)
-        print(f"{recipe.name} epoch {epoch + 1}: train {history[-1].train_error:.2f} %, val {history[-1].val_error:.2f} %")
+        print(
+            f"{recipe.name} epoch {epoch + 1}: train {history[-1].train_error:.2f} %, val {history[-1].val_error:.2f} %"
+        )
     return saved
 
 
@@ -119,7 +126,7 @@ def _batches(padded: Tensor, labels: Tensor, recipe: Recipe, epoch: int) -> Iter
     """Augmented images uint8 (batch, 32, 32, 3) and labels, in an order of this epoch's own."""
     generator = torch.Generator().manual_seed(recipe.seed * 100_003 + epoch)
     order = torch.randperm(len(labels), generator=generator)
-    for indices in order.split(recipe.batch_size):
+    for indices in order.split(recipe.batch_size):  # type: ignore[no-untyped-call]
         if len(indices) == recipe.batch_size:
             yield augment.random_crops(padded, indices, CROP, generator), labels[indices]
 

@@ -1,1 +1,47 @@
-""""""
+"""The Python SDK.
+
+from resnet_ensemble.client import Client
+
+with Client("http://localhost:8000") as client:
+    print(client.classify("cat.jpg").label)
+"""
+
+from resnet_ensemble.client._client import Client, Image
+from resnet_ensemble.client._errors import (
+    BadRequestError,
+    ConnectionFailedError,
+    ImageError,
+    NotReadyError,
+    OverloadedError,
+    QuotaExceededError,
+    ResnetError,
+    ResponseError,
+    ServerError,
+    StatusError,
+    TimedOutError,
+    TooLargeError,
+    UnsupportedImageError,
+)
+from resnet_ensemble.client._types import ClassProbability, Info, MemberVote, Prediction
+
+__all__ = [
+    "BadRequestError",
+    "ClassProbability",
+    "Client",
+    "ConnectionFailedError",
+    "Image",
+    "ImageError",
+    "Info",
+    "MemberVote",
+    "NotReadyError",
+    "OverloadedError",
+    "Prediction",
+    "QuotaExceededError",
+    "ResnetError",
+    "ResponseError",
+    "ServerError",
+    "StatusError",
+    "TimedOutError",
+    "TooLargeError",
+    "UnsupportedImageError",
+]

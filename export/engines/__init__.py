@@ -59,7 +59,7 @@ class BackendUnavailable(Exception):
 def backend(name: str) -> Backend:
     """Import a backend. Raises BackendUnavailable."""
     try:
-        module: Backend = importlib.import_module(f"resnet_ensemble.export.engines.{_MODULES[name]}")  # type: ignore[assignment]
+        module: Backend = importlib.import_module(f"resnet_ensemble.export.engines.{_MODULES[name]}")
     except ImportError as error:
         raise BackendUnavailable(f"the backend {name} is not installed ({error}); {_REMEDY[name]}") from None
     return module

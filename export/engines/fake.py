@@ -43,7 +43,8 @@ class FakeEngine:
         position = brightness * (self._classes - 1)
         distance = np.abs(position[:, None] - np.arange(self._classes))  # (n, classes)
         weights = np.exp(-distance)
-        return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+        probabilities: NDArray[np.float32] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+        return probabilities
 
     def close(self) -> None:
         """Nothing to free."""

@@ -28,7 +28,7 @@ class OnnxRuntimeEngine:
 
     def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities (n, classes) of views (n, h, w, 3)."""
-        return cast(NDArray[np.float32], self._session.run(None, {"views": views})[0])
+        return cast("NDArray[np.float32]", self._session.run(None, {"views": views})[0])
 
     def close(self) -> None:
         """Drop the session."""

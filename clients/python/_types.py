@@ -1,0 +1,98 @@
+"""What the server answers, as frozen objects. Fields that a newer server adds are ignored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class ClassProbability:
+    """One class and its probability."""
+
+    label: str
+    index: int
+    probability: float
+
+    @classmethod
+    def parse(cls, answer: Mapping[str, Any]) -> Self:
+        """From the server's JSON."""
+        return cls(label=answer["label"], index=answer["index"], probability=answer["probability"])
+
+
+@dataclass(frozen=True)
+class MemberVote:
+    """What one member of the ensemble alone would answer."""
+
+    member: str
+    label: str
+    index: int
+    probability: float
+
+    @classmethod
+    def parse(cls, answer: Mapping[str, Any]) -> Self:
+        """From the server's JSON."""
+        return cls(answer["member"], answer["label"], answer["index"], answer["probability"])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The ensemble's answer for one image: the most probable class, then the top k, then each member's vote.
+
+    - views_used, views_planned: views evaluated, and views that the protocol has, over all members
+    - bundle: name, version and hash of the models that answered
+    - timings_ms: the server's milliseconds by stage
+    - request_id: what to quote when asking about this answer
+    """
+
+    label: str
+    index: int
+    probability: float
+    top: tuple[ClassProbability, ...]
+    members: tuple[MemberVote, ...]
+    protocol: str
+    views_used: int
+    views_planned: int
+    bundle: str
+    timings_ms: Mapping[str, float]
+    request_id: str
+
+    @classmethod
+    def parse(cls, answer: Mapping[str, Any], request_id: str) -> Self:
+        """From the server's JSON."""
+        return cls(
+            label=answer["label"],
+            index=answer["index"],
+            probability=answer["probability"],
+            top=tuple(ClassProbability.parse(entry) for entry in answer["top"]),
+            members=tuple(MemberVote.parse(vote) for vote in answer["members"]),
+            protocol=answer["protocol"],
+            views_used=answer["views_used"],
+            views_planned=answer["views_planned"],
+            bundle=answer["bundle"],
+            timings_ms=dict(answer["timings_ms"]),
+            request_id=request_id,
+        )
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a server serves. `protocols`: every protocol and its views a member."""
+
+    bundle: str
+    version: str
+    labels: tuple[str, ...]
+    protocol: str
+    protocols: Mapping[str, int]
+    members: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, answer: Mapping[str, Any]) -> Self:
+        """From the server's JSON."""
+        return cls(
+            bundle=answer["bundle"],
+            version=answer["version"],
+            labels=tuple(answer["labels"]),
+            protocol=answer["protocol"],
+            protocols=dict(answer["protocols"]),
+            members=tuple(member["name"] for member in answer["members"]),
+        )
