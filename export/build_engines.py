@@ -9,10 +9,20 @@ BUNDLE.engines/ beside the bundle, where the server looks for it. A second run r
 
 import argparse
 import hashlib
+import importlib.util
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+if importlib.util.find_spec("resnet_ensemble") is None:  # run by a Python without us: take the one of `make install`
+    python = REPOSITORY / ".venv" / "bin" / "python"
+    if not python.exists():
+        sys.exit(f"build_engines: resnet_ensemble is not installed; run `make install` in {REPOSITORY}, then this again")
+    os.execv(python, [str(python), *sys.argv])  # noqa: S606  # no shell is wanted
 
 import numpy as np
 from tqdm import tqdm
@@ -21,7 +31,7 @@ from resnet_ensemble.export import engines, golden
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
 from resnet_ensemble.export.engine_store import REPORT, EngineStore, Record, fingerprint
 
-SHIPPED = Path(__file__).resolve().parent.parent / "bundles" / "cifar10"
+SHIPPED = REPOSITORY / "bundles" / "cifar10"
 TIMED_BATCHES = (1, 10, 40)
 SECONDS_PER_TIMING = 0.4
 

@@ -155,7 +155,8 @@ class Scheduler:
         with self._ready:
             if job.active:
                 self._forget(job)
-                job.future.cancel()
+                if job.future.cancel():
+                    job.future.set_running_or_notify_cancel()  # wakes whoever waits for it
 
     def warm_up(self, views: Sequence[NDArray[np.uint8]]) -> None:
         """Run every engine on its array, uint8 (n, h, w, 3), twice: first runs are slow, second ones are a measure."""

@@ -1,6 +1,5 @@
 """Files that are either whole or absent."""
 
-import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -20,9 +19,3 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

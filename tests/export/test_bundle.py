@@ -1,0 +1,116 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resnet_ensemble.export.bundle import Bundle, BundleDamaged, BundleInvalid, write
+
+
+@pytest.fixture
+def copy(shipped: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shipped.path, tmp_path / "cifar10"))
+
+
+def edit(bundle: Path, **changes: Any) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps(manifest | changes))
+
+
+def test_the_shipped_bundle_is_whole(shipped: Bundle) -> None:
+    for member in shipped.manifest.members:
+        assert shipped.read(member)
+    for golden in shipped.manifest.golden:
+        assert shipped.read(golden)
+
+
+def test_the_shipped_bundle_holds_nothing_that_the_manifest_does_not_name(shipped: Bundle) -> None:
+    named = {part.file for part in (*shipped.manifest.members, *shipped.manifest.golden)} | {"bundle.json"}
+    found = {str(path.relative_to(shipped.path)) for path in shipped.path.rglob("*") if path.is_file()}
+
+    assert found == named
+
+
+def test_a_bundle_is_read_as_it_was_written(shipped: Bundle, tmp_path: Path) -> None:
+    files = {part.file: shipped.read(part) for part in (*shipped.manifest.members, *shipped.manifest.golden)}
+
+    write(tmp_path / "copy", shipped.manifest, files)
+
+    assert Bundle.open(tmp_path / "copy").manifest == shipped.manifest
+    assert Bundle.open(tmp_path / "copy").identity == shipped.identity
+
+
+@pytest.mark.parametrize("content", [b"", b"something else"])
+def test_a_changed_member_is_refused(copy: Path, content: bytes) -> None:
+    bundle = Bundle.open(copy)
+    (copy / bundle.manifest.members[0].file).write_bytes(content)
+
+    with pytest.raises(BundleDamaged, match="not the file that bundle.json describes.*git checkout"):
+        bundle.read(bundle.manifest.members[0])
+
+
+def test_a_missing_golden_picture_is_refused(copy: Path) -> None:
+    bundle = Bundle.open(copy)
+    (copy / bundle.manifest.golden[0].file).unlink()
+
+    with pytest.raises(BundleDamaged, match="is missing; restore"):
+        bundle.read(bundle.manifest.golden[0])
+
+
+def test_a_folder_without_manifest_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(BundleInvalid, match=r"no bundle\.json in .*export/to_onnx\.py"):
+        Bundle.open(tmp_path)
+
+
+def test_a_manifest_that_is_not_json_is_refused(copy: Path) -> None:
+    (copy / "bundle.json").write_text("{")
+
+    with pytest.raises(BundleInvalid, match="is not JSON"):
+        Bundle.open(copy)
+
+
+def test_another_format_is_named(copy: Path) -> None:
+    edit(copy, format=2)
+
+    with pytest.raises(BundleInvalid, match="bundle format 2; this version reads 1"):
+        Bundle.open(copy)
+
+
+def test_an_unknown_key_is_named(copy: Path) -> None:
+    edit(copy, lables=["typo"])
+
+    with pytest.raises(BundleInvalid, match="lables"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("file", ["../secret.onnx", "/etc/passwd", "a//b", "a\\b"])
+def test_a_file_outside_of_the_bundle_is_refused(copy: Path, shipped: Bundle, file: str) -> None:
+    member = shipped.manifest.members[0].model_dump(mode="json") | {"file": file}
+    edit(copy, members=[member])
+
+    with pytest.raises(BundleInvalid, match="inside the bundle"):
+        Bundle.open(copy)
+
+
+def test_two_members_of_one_name_are_refused(copy: Path, shipped: Bundle) -> None:
+    member = shipped.manifest.members[0].model_dump(mode="json")
+    edit(copy, members=[member, member])
+
+    with pytest.raises(BundleInvalid, match="same name"):
+        Bundle.open(copy)
+
+
+def test_golden_probabilities_must_fit_the_labels(copy: Path) -> None:
+    edit(copy, labels=["cat", "dog"])
+
+    with pytest.raises(BundleInvalid, match="must have 2 probabilities a member"):
+        Bundle.open(copy)
+
+
+def test_identity_changes_with_the_weights(copy: Path, shipped: Bundle) -> None:
+    members = [member.model_dump(mode="json") for member in shipped.manifest.members]
+    members[0]["sha256"] = "0" * 64
+    edit(copy, members=members)
+
+    assert Bundle.open(copy).identity != shipped.identity

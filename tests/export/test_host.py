@@ -1,0 +1,35 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from resnet_ensemble.export import host
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"), [("max 100000", None), ("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1)]
+)
+def test_a_cgroup_quota_is_rounded_up_to_cores(tmp_path: Path, content: str, cores: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(content + "\n")
+
+    assert host._quota(tmp_path / "cpu.max") == cores
+
+
+def test_without_a_cgroup_there_is_no_quota(tmp_path: Path) -> None:
+    assert host._quota(tmp_path / "cpu.max") is None
+
+
+def test_cores_respect_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_quota", lambda _: 1)
+
+    assert host.cores() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no CPU affinity")
+def test_cores_are_at_most_those_of_the_affinity() -> None:
+    assert 1 <= host.cores() <= len(os.sched_getaffinity(0))
+
+
+def test_the_cpu_is_described_in_one_line() -> None:
+    assert host.cpu()
+    assert "\n" not in host.cpu()

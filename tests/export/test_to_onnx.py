@@ -1,0 +1,104 @@
+"""Export of a small untrained network, against torch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from resnet_ensemble.export import to_onnx
+from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.training.checkpoint import Checkpoint, Epoch
+from resnet_ensemble.training.model import CifarResNet, parameter_count
+from resnet_ensemble.training.recipes import RECIPES
+
+RECIPE = replace(RECIPES["resnet20-cifar10"], depth=8, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def saved() -> Checkpoint:
+    torch.manual_seed(0)
+    network = CifarResNet(8)
+    for module in network.modules():  # as if it had been trained: statistics that folding must take into account
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return Checkpoint(RECIPE, network.state_dict(), history=(Epoch(1, 0.1, 2.0, 60.0, 55.0, 5000, 12.5),))
+
+
+@pytest.fixture(scope="module")
+def graph(saved: Checkpoint) -> to_onnx.Graph:
+    return to_onnx.Graph(to_onnx.network_of(saved), to_onnx.preprocessing_of(saved)).eval()
+
+
+@pytest.fixture(scope="module")
+def exported(graph: to_onnx.Graph) -> bytes:
+    return to_onnx.to_onnx(graph)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (7, 32, 32), (2, 40, 56), (1, 33, 29), (3, 224, 224)])
+def test_the_graph_gives_torchs_probabilities_at_any_batch_and_size(
+    graph: to_onnx.Graph, exported: bytes, shape: tuple[int, int, int]
+) -> None:
+    views = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+
+    (probabilities,) = onnxruntime.InferenceSession(exported).run(None, {"views": views})
+
+    with torch.inference_mode():
+        np.testing.assert_allclose(probabilities, graph(torch.from_numpy(views)).numpy(), atol=1e-5)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def test_the_interface_is_bytes_in_and_probabilities_out(exported: bytes) -> None:
+    model = onnx.load_from_string(exported)
+    (views,), (probabilities,) = model.graph.input, model.graph.output
+
+    assert views.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert probabilities.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    dims = [dim.dim_param or dim.dim_value for dim in views.type.tensor_type.shape.dim]
+    assert dims == ["batch", "height", "width", 3]
+
+
+def test_batch_norm_is_folded_away(exported: bytes) -> None:
+    operators = {node.op_type for node in onnx.load_from_string(exported).graph.node}
+
+    assert "BatchNormalization" not in operators
+    assert {"Conv", "Softmax", "Cast"} <= operators
+
+
+def test_the_file_holds_no_path_of_the_exporting_machine(exported: bytes) -> None:
+    assert str(Path(__file__).resolve().parents[2]).encode() not in exported
+    assert b"site-packages" not in exported
+
+
+def test_a_graph_that_is_another_network_is_refused(graph: to_onnx.Graph, exported: bytes) -> None:
+    other = to_onnx.Graph(CifarResNet(8).eval(), RECIPE_PREPROCESSING).eval()
+
+    with pytest.raises(to_onnx.ExportError, match="differs from torch"):
+        to_onnx._compare(exported, other)
+
+
+RECIPE_PREPROCESSING = to_onnx.preprocessing_of(Checkpoint(RECIPE, {}))
+
+
+def test_an_exported_bundle_is_complete(saved: Checkpoint, tmp_path: Path) -> None:
+    to_onnx.export([saved], tmp_path / "b", name="b", version="1")
+
+    bundle = Bundle.open(tmp_path / "b")
+    (member,) = bundle.manifest.members
+    (measured,) = member.measured
+    assert (member.name, member.parameters) == ("resnet8", parameter_count(CifarResNet(8)))
+    assert (measured.protocol, measured.images, measured.top1_error) == ("center", 5000, 55.0)
+    assert all(sum(g.probabilities["resnet8"]) == pytest.approx(1, abs=1e-5) for g in bundle.manifest.golden)
+    bundle.read(member)
+
+
+def test_a_run_that_is_not_finished_is_not_exported(saved: Checkpoint, tmp_path: Path) -> None:
+    unfinished = replace(saved, recipe=replace(RECIPE, epochs=2))
+
+    with pytest.raises(to_onnx.ExportError, match="not trained to its last epoch"):
+        to_onnx.export([unfinished], tmp_path / "b", name="b", version="1")
+    assert not (tmp_path / "b").exists()

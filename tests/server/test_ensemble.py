@@ -1,0 +1,53 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from resnet_ensemble.server.ensemble import average, top
+
+MEMBERS, CLASSES = 3, 5
+SUMS = hnp.arrays(np.float64, (MEMBERS, CLASSES), elements=st.floats(0, 10))
+VIEWS = hnp.arrays(np.int64, MEMBERS, elements=st.integers(1, 40))
+
+
+def softmax(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    weights = np.exp(np.random.default_rng(seed).normal(size=shape))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+@given(seed=st.integers(0, 2**32), views=st.integers(1, 12))
+def test_the_ensemble_is_the_mean_of_all_softmax_vectors(seed: int, views: int) -> None:
+    vectors = softmax((MEMBERS, views, CLASSES), seed)
+
+    mean = average(vectors.sum(axis=1), np.full(MEMBERS, views))
+
+    np.testing.assert_allclose(mean.ensemble, vectors.mean(axis=(0, 1)))
+    np.testing.assert_allclose(mean.members, vectors.mean(axis=1))
+    np.testing.assert_allclose(mean.ensemble.sum(), 1)
+
+
+@given(sums=SUMS, views=VIEWS)
+def test_every_vector_has_the_same_weight_however_many_a_member_has(sums: np.ndarray, views: np.ndarray) -> None:
+    mean = average(sums, views)
+
+    np.testing.assert_allclose(mean.ensemble, (mean.members * views[:, None]).sum(axis=0) / views.sum(), atol=1e-12)
+
+
+@given(sums=SUMS, views=VIEWS, order=st.permutations(range(MEMBERS)))
+def test_the_order_of_members_does_not_matter(sums: np.ndarray, views: np.ndarray, order: list[int]) -> None:
+    np.testing.assert_allclose(
+        average(sums[order], views[order]).ensemble, average(sums, views).ensemble, rtol=1e-12, atol=1e-12
+    )
+
+
+@given(probabilities=hnp.arrays(np.float64, CLASSES, elements=st.floats(0, 1)), count=st.integers(1, 2 * CLASSES))
+def test_top_is_sorted_and_has_no_more_than_all_classes(probabilities: np.ndarray, count: int) -> None:
+    indices = top(probabilities, count)
+
+    assert len(indices) == min(count, CLASSES)
+    assert len(set(indices)) == len(indices)
+    assert [probabilities[i] for i in indices] == sorted(probabilities, reverse=True)[:count]
+
+
+def test_of_equal_probabilities_the_lower_index_comes_first() -> None:
+    assert top(np.array([0.2, 0.4, 0.4]), 3) == [1, 2, 0]

@@ -1,0 +1,61 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from resnet_ensemble.training import checkpoint
+from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch
+from resnet_ensemble.training.recipes import RECIPES
+
+RECIPE = RECIPES["resnet20-cifar10"]
+EPOCH = Epoch(1, 0.1, 2.0, 60.0, 55.0, 5000, 12.5)
+SAVED = Checkpoint(RECIPE, {"fc.weight": torch.eye(3)}, {"fc.weight": torch.ones(3, 3)}, (EPOCH,))
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c.safetensors", SAVED)
+
+    loaded = checkpoint.load(tmp_path / "c.safetensors")
+
+    assert (loaded.recipe, loaded.history, loaded.finished) == (RECIPE, (EPOCH,), False)
+    assert torch.equal(loaded.weights["fc.weight"], torch.eye(3))
+    assert torch.equal(loaded.momentum["fc.weight"], torch.ones(3, 3))
+
+
+def test_a_run_is_finished_after_its_last_epoch() -> None:
+    assert replace(SAVED, recipe=replace(RECIPE, epochs=1)).finished
+
+
+def test_a_missing_checkpoint_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"python training/train\.py"):
+        checkpoint.load(tmp_path / "none.safetensors")
+
+
+def test_a_cut_off_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    checkpoint.save(path, SAVED)
+    path.write_bytes(path.read_bytes()[:-10])
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(path)
+
+
+def test_somebody_elses_safetensors_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    safetensors.torch.save_file({"w": torch.zeros(2)}, path)
+
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_a_recipe_with_other_fields_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    header = (
+        '{"format": 1, "recipe": {"name": "x", "dropout": 0.5}, "history": []}'  # no network of ours has dropout
+    )
+    safetensors.torch.save_file({"weights.w": torch.zeros(2)}, path, {"resnet_ensemble": header})
+
+    with pytest.raises(CheckpointError, match="dropout"):
+        checkpoint.load(path)

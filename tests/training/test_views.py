@@ -1,0 +1,111 @@
+"""The views against torchvision's own transforms, to the pixel."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+
+from resnet_ensemble.training.views import POSITIONS, PROTOCOLS, Preprocessing, make_views, mean_colour
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZES = st.tuples(st.integers(1, 90), st.integers(1, 90))
+
+
+def picture(size: tuple[int, int]) -> Image.Image:
+    width, height = size
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def preprocessing(resize: int = 40, crop: int = 32, padding: int = 0) -> Preprocessing:
+    return Preprocessing(resize=resize, crop=crop, padding=padding, mean=MEAN, std=STD)
+
+
+def reference(image: Image.Image, how: Preprocessing, crops: v2.Transform) -> np.ndarray:
+    steps = v2.Compose([v2.Resize(how.resize), v2.Pad(how.padding, fill=mean_colour(how.mean)), crops])
+    made = steps(image)
+    return np.stack([np.asarray(crop) for crop in (made if isinstance(made, tuple) else (made,))])
+
+
+@settings(max_examples=150, deadline=None)
+@given(size=SIZES, resize=st.integers(24, 45), padding=st.sampled_from([0, 2, 4]))
+def test_ten_crops_are_torchvisions_ten_crop(size: tuple[int, int], resize: int, padding: int) -> None:
+    how = preprocessing(resize=resize, crop=24, padding=padding)
+
+    views = make_views(picture(size), how, "10crop")
+
+    np.testing.assert_array_equal(views, reference(picture(size), how, v2.TenCrop(24)))
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (257, 333), (333, 257), (224, 224), (60, 501), (31, 17)])
+def test_ten_crops_at_imagenet_sizes_are_torchvisions(size: tuple[int, int]) -> None:
+    how = preprocessing(resize=256, crop=224)
+
+    views = make_views(picture(size), how, "10crop")
+
+    np.testing.assert_array_equal(views, reference(picture(size), how, v2.TenCrop(224)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=SIZES)
+def test_center_is_torchvisions_center_crop(size: tuple[int, int]) -> None:
+    how = preprocessing()
+
+    views = make_views(picture(size), how, "center")
+
+    np.testing.assert_array_equal(views, reference(picture(size), how, v2.CenterCrop(32)))
+
+
+@given(size=SIZES, protocol=st.sampled_from(list(PROTOCOLS)))
+@settings(max_examples=50, deadline=None)
+def test_every_protocol_starts_with_or_contains_the_center(size: tuple[int, int], protocol: str) -> None:
+    center = make_views(picture(size), preprocessing(), "center")[0]
+
+    assert any(np.array_equal(view, center) for view in make_views(picture(size), preprocessing(), protocol))
+
+
+def test_flip_is_the_center_of_the_image_and_of_its_mirror() -> None:
+    image, how = picture((45, 40)), preprocessing()
+
+    first, second = make_views(image, how, "flip")
+
+    np.testing.assert_array_equal(first, make_views(image, how, "center")[0])
+    np.testing.assert_array_equal(second, make_views(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), how, "center")[0])
+
+
+def test_protocols_have_the_paper_s_numbers_of_views() -> None:
+    assert {name: len(views) for name, views in PROTOCOLS.items()} == {"center": 1, "flip": 2, "10crop": 10}
+    assert [view.position for view in PROTOCOLS["10crop"][:5]] == list(POSITIONS)
+
+
+def test_a_cifar_image_is_seen_whole_by_the_center_view() -> None:
+    image, how = picture((32, 32)), preprocessing(resize=32, crop=32, padding=4)
+
+    np.testing.assert_array_equal(make_views(image, how, "center")[0], np.asarray(image))
+
+
+def test_padding_has_the_mean_colour() -> None:
+    how = preprocessing(resize=32, crop=32, padding=4)
+
+    corner = make_views(picture((32, 32)), how, "10crop")[0]
+
+    assert tuple(corner[0, 0]) == mean_colour(MEAN) == (124, 116, 104)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resize": 31}, "does not fit"),
+        ({"crop": 0}, "positive"),
+        ({"padding": -1}, "positive"),
+    ],
+)
+def test_geometry_that_contradicts_itself_is_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preprocessing(**({"resize": 40, "crop": 32} | changes))
+
+
+def test_mean_in_bytes_instead_of_units_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 to 1"):
+        Preprocessing(resize=32, crop=32, mean=(123.7, 116.3, 103.5), std=STD)
