@@ -21,7 +21,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("resnet_ensemble") is None:  # run by a Python without us: take the one of `make install`
     python = REPOSITORY / ".venv" / "bin" / "python"
     if not python.exists():
-        sys.exit(f"build_engines: resnet_ensemble is not installed; run `make install` in {REPOSITORY}, then this again")
+        sys.exit(
+            f"build_engines: resnet_ensemble is not installed; run `make install` in {REPOSITORY}, then this again"
+        )
     os.execv(python, [str(python), *sys.argv])  # noqa: S606  # no shell is wanted
 
 import numpy as np

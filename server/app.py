@@ -121,7 +121,7 @@ async def predict(request: Request, response: Response, options: Annotated[Optio
         raise ApiError("slow_upload", f"the request's body did not arrive within {seconds:g} s") from None
     options = _with_fields(options, upload.fields)
     client = request.client.host if request.client else "unknown"
-    with service.quota.hold(client, len(upload.images)), service.metrics.in_flight.track_inprogress():
+    with service.quota.hold(client, len(upload.images)), service.metrics.hold_in_flight(len(upload.images)):
         answers = await _unless_disconnected(request, classifier.classify(upload.images, options))
     response.headers["X-Bundle"] = classifier.bundle.identity
     if len(answers) > 1:
@@ -132,19 +132,15 @@ async def predict(request: Request, response: Response, options: Annotated[Optio
     return answers[0]
 
 
-@router.api_route("/livez", methods=["GET", "HEAD"], summary="Is the process alive?", operation_id="livez")
+@router.head("/livez", include_in_schema=False)
+@router.get("/livez", summary="Is the process alive?")
 async def livez() -> Status:
     """Answers as soon as the server listens."""
     return Status()
 
 
-@router.api_route(
-    "/readyz",
-    methods=["GET", "HEAD"],
-    summary="Can it answer?",
-    operation_id="readyz",
-    responses=_problems("not_ready"),
-)
+@router.head("/readyz", include_in_schema=False)
+@router.get("/readyz", summary="Can it answer?", responses=_problems("not_ready"))
 async def readyz(request: Request) -> Status:
     """Ready once every engine is warm and has given the bundle's golden probabilities."""
     _ = _service(request).classifier

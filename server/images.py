@@ -13,6 +13,8 @@ from resnet_ensemble.server.errors import ApiError
 
 # JPEG includes MPO, which many phones write: a JPEG that holds more than one picture.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# How files of these formats begin: what begins so and can't be opened is damaged, not unsupported.
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 # Resizing the shorter side of a 1 x 60,000 image to 256 pixels would make a 15 million pixel wide one.
 MAX_ASPECT_RATIO = 100
 _BACKGROUND = (255, 255, 255)
@@ -40,6 +42,8 @@ def _open(content: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
+        if content.startswith(_SIGNATURES) or content[4:12] == b"ftypavif":
+            raise ApiError("corrupt_image", "the image's header is damaged or cut off") from None
         raise ApiError("unsupported_image_format", f"the bytes are none of {', '.join(FORMATS)}") from None
     except Exception as error:  # as above: a header can be hostile too
         raise ApiError("corrupt_image", f"the image's header can't be read: {_reason(error)}") from error

@@ -1,5 +1,8 @@
 """What Prometheus is told at /metrics. One registry an application, so that tests can make many."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -41,6 +44,15 @@ class Metrics:
             "resnet_predicted_wait_seconds", "Seconds until all admitted views are done", registry=registry
         )
         self.ready = Gauge("resnet_ready", "1 when /readyz says so", registry=registry)
+
+    @contextmanager
+    def hold_in_flight(self, images: int) -> Iterator[None]:
+        """Count images as in flight while the block runs."""
+        self.in_flight.inc(images)
+        try:
+            yield
+        finally:
+            self.in_flight.dec(images)
 
     def render(self) -> bytes:
         """The exposition text."""

@@ -114,7 +114,9 @@ def test_a_transparent_palette_colour_becomes_white() -> None:
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
 def test_an_animation_gives_its_first_frame(format: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN)]
-    content = encode(frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {}))
+    content = encode(
+        frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {})
+    )
 
     assert decoded(content)[0, 0].tolist() == list(RED)
 
@@ -170,14 +172,8 @@ def test_formats_that_are_not_on_the_list_are_refused(format: str) -> None:
 def test_a_cut_off_image_is_refused(format: str) -> None:
     content = encode(picture((200, 200)), format)
 
-    assert refusal(content[: len(content) // 2]).code in ("corrupt_image", "unsupported_image_format")
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP"])
-def test_a_cut_off_image_with_a_whole_header_is_called_corrupt(format: str) -> None:
-    content = encode(picture((200, 200)), format)
-
-    assert refusal(content[: len(content) // 2]).code == "corrupt_image"
+    for length in (16, 40, len(content) // 2):
+        assert refusal(content[:length]).code == "corrupt_image"
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -214,7 +210,9 @@ def test_a_line_is_refused_before_resizing_makes_it_huge() -> None:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_whatever_the_bytes_the_answer_is_an_image_or_a_typed_refusal(data: st.DataObject) -> None:
-    content = bytearray(encode(picture((16, 12)), data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"]))))
+    content = bytearray(
+        encode(picture((16, 12)), data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])))
+    )
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.integers(0, len(content)))]

@@ -52,9 +52,7 @@ def test_somebody_elses_safetensors_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_recipe_with_other_fields_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
-    header = (
-        '{"format": 1, "recipe": {"name": "x", "dropout": 0.5}, "history": []}'  # no network of ours has dropout
-    )
+    header = '{"format": 1, "recipe": {"name": "x", "dropout": 0.5}, "history": []}'  # no network of ours has dropout
     safetensors.torch.save_file({"weights.w": torch.zeros(2)}, path, {"resnet_ensemble": header})
 
     with pytest.raises(CheckpointError, match="dropout"):

@@ -71,7 +71,9 @@ def test_flip_is_the_center_of_the_image_and_of_its_mirror() -> None:
     first, second = make_views(image, how, "flip")
 
     np.testing.assert_array_equal(first, make_views(image, how, "center")[0])
-    np.testing.assert_array_equal(second, make_views(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), how, "center")[0])
+    np.testing.assert_array_equal(
+        second, make_views(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), how, "center")[0]
+    )
 
 
 def test_protocols_have_the_paper_s_numbers_of_views() -> None:

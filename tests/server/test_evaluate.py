@@ -1,0 +1,89 @@
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.engines.fake import FakeEngine
+from resnet_ensemble.server import evaluate
+from resnet_ensemble.server.classifier import load
+from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.metrics import Metrics
+from resnet_ensemble.server.settings import Settings
+from resnet_ensemble.training import cifar10
+
+Png = Callable[..., bytes]
+
+
+def score(examples: list[tuple[bytes, int]]) -> evaluate.Score:
+    classifier = load(Settings(), Metrics(), lambda bundle, _: [FakeEngine(10) for _ in bundle.manifest.members])
+    try:
+        return asyncio.run(evaluate.evaluate(classifier, examples, "flip"))
+    finally:
+        classifier.close()
+
+
+def test_errors_of_ensemble_and_members_are_counted(png: Png, shipped: Bundle) -> None:
+    result = score([(png(0), 0), (png(255), 9), (png(255), 3), (png(0), 0)])
+
+    assert (result.protocol, result.images, result.ensemble) == ("flip", 4, 25.0)
+    assert result.members == {member.name: 25.0 for member in shipped.manifest.members}
+    assert result.images_per_second > 0
+
+
+def test_an_image_that_can_t_be_classified_stops_the_evaluation() -> None:
+    with pytest.raises(ApiError, match="unsupported_image_format"):
+        score([(b"junk", 0)])
+
+
+def test_a_folder_for_each_label_is_read(tmp_path: Path, png: Png, shipped: Bundle) -> None:
+    for label in ("cat", "ship"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.png").write_bytes(png(3))
+
+    name, examples = evaluate.read(tmp_path, "val", shipped.manifest.labels)
+
+    assert name == tmp_path.name
+    assert [label for _, label in examples] == [3, 8]
+
+
+def test_cifar_images_are_encoded_without_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    monkeypatch.setattr(cifar10, "read", lambda *_: cifar10.Split(images, np.array([1, 2])))
+
+    name, examples = evaluate.read(tmp_path, "val", cifar10.LABELS)
+
+    from resnet_ensemble.server.images import decode
+
+    assert name == "CIFAR-10"
+    np.testing.assert_array_equal(np.stack([np.asarray(decode(c, max_pixels=2000)) for c, _ in examples]), images)
+
+
+@pytest.mark.parametrize(
+    ("error", "images", "interval"), [(0, 100, (0, 3.70)), (50, 100, (40.38, 59.62)), (8.75, 10_000, (8.21, 9.32))]
+)
+def test_wilson_intervals(error: float, images: int, interval: tuple[float, float]) -> None:
+    assert evaluate.wilson(error, images) == pytest.approx(interval, abs=0.01)
+
+
+def test_a_recorded_result_replaces_an_older_one(shipped: Bundle, tmp_path: Path) -> None:
+    bundle = Bundle.open(Path(shutil.copytree(shipped.path, tmp_path / "b")))
+
+    for error in (9.0, 8.0):
+        evaluate.record(Bundle.open(bundle.path), [evaluate.Score("flip", 7, error, {}, 1.0)], "D", "val")
+
+    recorded = [m for m in Bundle.open(bundle.path).manifest.measured if m.dataset == "D"]
+    assert [(m.protocol, m.images, m.top1_error) for m in recorded] == [("flip", 7, 8.0)]
+
+
+def test_the_table_has_a_row_for_each_protocol() -> None:
+    scores = [evaluate.Score(name, 5000, 8.0, {"a": 9.0, "b": 10.0}, 123.4) for name in ("center", "10crop")]
+
+    lines = evaluate.table(scores).splitlines()
+
+    assert lines[0] == "| protocol | a | b | ensemble (95 % interval) | images/s |"
+    assert lines[2].startswith("| center | 9.00 % | 10.00 % | **8.00 %** (7.28 to 8.78) | 123 |")
+    assert len(lines) == 4

@@ -1,0 +1,132 @@
+"""The server as a process of its own, over real sockets."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from resnet_ensemble.export.bundle import Bundle
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def process(**variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    port = free_port()
+    environment = {**os.environ, "RESNET_PORT": str(port), **variables}
+    command = [sys.executable, "-m", "resnet_ensemble.server"]
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        yield running, f"http://127.0.0.1:{port}"
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            if httpx2.get(f"{url}/readyz").status_code == 200:
+                return
+        except httpx2.TransportError:
+            pass  # it does not listen yet
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_sigterm_answers_every_accepted_request_and_exits_with_0(shipped: Bundle) -> None:
+    ship = (shipped.path / "golden" / "ship.png").read_bytes()
+    with process() as (running, url), httpx2.Client(timeout=60) as client, ThreadPoolExecutor(8) as pool:
+        wait_until_ready(url)
+        parts = [("image", ship)] * 16
+        requests = [pool.submit(client.post, f"{url}/predict", files=parts) for _ in range(8)]
+        in_flight = 0.0
+        while in_flight < 8 * 16:
+            line = next(
+                x for x in client.get(f"{url}/metrics").text.splitlines() if x.startswith("resnet_images_in_fl")
+            )
+            in_flight = float(line.split()[1])
+        running.send_signal(signal.SIGTERM)
+
+        answers = [request.result() for request in requests]
+
+        assert [answer.status_code for answer in answers] == [200] * 8
+        assert {r["prediction"]["label"] for answer in answers for r in answer.json()["results"]} == {"ship"}
+        assert running.wait(30) == 0
+
+
+def test_a_client_that_leaves_takes_its_views_out_of_the_queue(shipped: Bundle) -> None:
+    ship = (shipped.path / "golden" / "ship.png").read_bytes()
+    with process(RESNET_STREAMS="1") as (_, url), httpx2.Client() as client:
+        wait_until_ready(url)
+        with pytest.raises(httpx2.ReadTimeout):
+            client.post(f"{url}/predict", files=[("image", ship)] * 64, timeout=0.3)
+
+        def unfinished() -> float:
+            text = client.get(f"{url}/metrics", timeout=10).text
+            return float(next(x for x in text.splitlines() if x.startswith("resnet_unfinished_views ")).split()[1])
+
+        deadline = time.monotonic() + 10
+        while unfinished():
+            assert time.monotonic() < deadline
+        text = client.get(f"{url}/metrics").text
+        assert 'resnet_requests_total{method="POST",route="/predict",status="499"} 1.0' in text
+        assert client.post(f"{url}/predict", content=ship, headers={"Content-Type": "image/png"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RESNET_PROT": "1"}, "RESNET_PROT is not a setting"),
+        ({"RESNET_MAX_IMAGE_BYTES": "9", "RESNET_MAX_REQUEST_BYTES": "1"}, "more than a whole request"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start(variables: dict[str, str], message: str) -> None:
+    with process(**variables) as (running, _):
+        _, log = running.communicate(timeout=30)
+
+    assert running.returncode == 2
+    assert message in log
+    assert "Traceback" not in log
+
+
+def test_a_bundle_that_is_none_stops_the_server(tmp_path: Path) -> None:
+    with process(RESNET_BUNDLE=str(tmp_path)) as (running, _):
+        _, log = running.communicate(timeout=30)
+
+    assert running.returncode == 1
+    assert "no bundle.json" in log
+    assert "Traceback" not in log
+
+
+def test_the_fake_backend_serves_without_weights(shipped: Bundle) -> None:
+    with process(RESNET_BACKEND="fake") as (_, url):
+        wait_until_ready(url)
+        info = httpx2.get(f"{url}/info").json()
+
+    assert {member["engine"]["backend"] for member in info["members"]} == {"fake"}
+
+
+def test_a_port_that_is_taken_stops_the_start() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with process(RESNET_PORT=str(taken.getsockname()[1])) as (running, _):
+            _, log = running.communicate(timeout=30)
+
+    assert running.returncode != 0
+    assert "address already in use" in log

@@ -1,0 +1,28 @@
+import pytest
+
+from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.quota import Quota
+
+
+def test_a_client_may_hold_up_to_the_limit() -> None:
+    quota = Quota(3)
+
+    with quota.hold("a", 2), quota.hold("a", 1), pytest.raises(ApiError, match="a has 3 images in progress"):
+        quota.hold("a", 1).__enter__()
+
+
+def test_clients_do_not_share_a_quota() -> None:
+    quota = Quota(1)
+
+    with quota.hold("a", 1), quota.hold("b", 1):
+        pass
+
+
+def test_what_was_held_is_given_back_even_after_a_failure() -> None:
+    quota = Quota(1)
+    with pytest.raises(ZeroDivisionError), quota.hold("a", 1):
+        raise ZeroDivisionError
+
+    with quota.hold("a", 1):
+        pass
+    assert not quota._held

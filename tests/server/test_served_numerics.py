@@ -1,0 +1,88 @@
+"""The whole path on real engines: what is served is what torch computed."""
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import onnx.reference
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from torchvision.transforms import v2
+
+from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.server.app import create_app
+from resnet_ensemble.server.service import Service
+from resnet_ensemble.server.settings import Settings
+from resnet_ensemble.training.views import mean_colour
+from tests.conftest import wait_until_ready
+
+RAW = {"Content-Type": "image/png"}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with TestClient(create_app(Service(Settings()))) as ready:
+        wait_until_ready(ready)
+        yield ready
+
+
+def served(client: TestClient, content: bytes, labels: int, **options: str | int) -> np.ndarray:
+    answer = client.post("/predict", params={"top_k": 1000} | options, content=content, headers=RAW).json()
+    probabilities = np.zeros(labels)
+    for entry in answer["top"]:
+        probabilities[entry["index"]] = entry["probability"]
+    return probabilities
+
+
+def test_served_probabilities_are_torchs_on_the_golden_images(client: TestClient, shipped: Bundle) -> None:
+    assert shipped.manifest.golden_protocol == "10crop"
+    for golden in shipped.manifest.golden:
+        expected = np.mean([golden.probabilities[member.name] for member in shipped.manifest.members], axis=0)
+
+        probabilities = served(client, shipped.read(golden), len(shipped.manifest.labels), protocol="10crop")
+
+        np.testing.assert_allclose(probabilities, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (77, 50), (50, 77), (33, 201), (640, 427)])
+def test_ten_crops_are_torchvisions_through_the_onnx_reference(
+    client: TestClient, shipped: Bundle, size: tuple[int, int]
+) -> None:
+    """Nothing of ours between the picture and the expected answer: torchvision's crops, ONNX's own interpreter."""
+    width, height = size
+    coarse = np.random.default_rng(5).integers(0, 256, (6, 6, 3), np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    means = []
+    for member in shipped.manifest.members:
+        how = member.preprocessing
+        pad = v2.Pad(how.padding, fill=mean_colour(how.mean))
+        crops = v2.TenCrop(how.crop)(pad(v2.Resize(how.resize)(image)))
+        views = np.stack([np.asarray(crop) for crop in crops])
+        interpreter = onnx.reference.ReferenceEvaluator(onnx.load_from_string(shipped.read(member)))
+        means.append(interpreter.run(None, {"views": views})[0].astype(np.float64).mean(axis=0))
+
+    probabilities = served(client, content.getvalue(), len(shipped.manifest.labels))
+
+    np.testing.assert_allclose(probabilities, np.mean(means, axis=0), atol=1e-4)
+
+
+def test_members_votes_are_the_members_golden_answers(client: TestClient, shipped: Bundle) -> None:
+    for golden in shipped.manifest.golden:
+        votes = client.post("/predict", content=shipped.read(golden), headers=RAW).json()["members"]
+
+        for vote in votes:
+            expected = golden.probabilities[vote["member"]]
+            assert vote["index"] == int(np.argmax(expected))
+            assert vote["probability"] == pytest.approx(max(expected), abs=1e-4)
+
+
+def test_a_picture_of_a_ship_is_a_ship(client: TestClient, shipped: Bundle) -> None:
+    content = (shipped.path / "golden" / "ship.png").read_bytes()
+
+    answer = client.post("/predict", content=content, headers=RAW).json()
+
+    assert answer["label"] == "ship"

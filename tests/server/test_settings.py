@@ -1,0 +1,69 @@
+import pytest
+from pydantic import ValidationError
+
+from resnet_ensemble.server.settings import SHIPPED_BUNDLE, Settings, from_environment
+
+
+def test_the_defaults_serve_the_shipped_bundle_on_this_machine_only() -> None:
+    settings = Settings()
+
+    assert settings.bundle == SHIPPED_BUNDLE
+    assert (SHIPPED_BUNDLE / "bundle.json").is_file()
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+
+
+def test_variables_with_the_prefix_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_PORT", "9001")
+    monkeypatch.setenv("RESNET_MAX_WAIT_SECONDS", "2.5")
+
+    settings = from_environment()
+
+    assert (settings.port, settings.max_wait_seconds) == (9001, 2.5)
+
+
+def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_PROT", "9001")
+
+    with pytest.raises(ValueError, match=r"RESNET_PROT is not a setting; there are .*RESNET_PORT"):
+        from_environment()
+
+
+def test_the_variables_of_the_sdk_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_CLIENT_URL", "http://localhost:8000")
+
+    from_environment()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("port", "70000"), ("port", "http"), ("streams", "0"), ("max_wait_seconds", "0"), ("backend", "cuda")],
+)
+def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"RESNET_{name.upper()}", value)
+
+    with pytest.raises(ValidationError, match=name):
+        from_environment()
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"max_image_bytes": 2, "max_request_bytes": 1}, "RESNET_MAX_IMAGE_BYTES.*RESNET_MAX_REQUEST_BYTES"),
+        (
+            {"max_images_per_request": 2, "max_images_per_client": 1},
+            "RESNET_MAX_IMAGES_PER_REQUEST.*RESNET_MAX_IMAGES_PER_CLIENT",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, int], names: str) -> None:
+    with pytest.raises(ValidationError, match=names):
+        Settings(**settings)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().port = 1
+
+
+def test_every_setting_is_explained() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
