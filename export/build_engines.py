@@ -126,7 +126,7 @@ def main() -> None:
     try:
         bundle = Bundle.open(arguments.bundle)
         found = build_all(bundle)
-    except (BundleError, engines.BackendUnavailable) as problem:
+    except (BundleError, engines.BackendUnavailable, OSError) as problem:
         sys.exit(f"build_engines: {problem}")
     print(table(found, bundle.manifest.golden_tolerance))
     print(f"{bundle.identity}: written to {EngineStore(bundle).folder / REPORT}")

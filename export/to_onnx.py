@@ -20,8 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx.reference
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from resnet_ensemble.export import drawings
+from resnet_ensemble.export import drawings, engines
 from resnet_ensemble.export.bundle import Bundle, Golden, Manifest, Measured, Member, write
 from resnet_ensemble.training import checkpoint, cifar10
 from resnet_ensemble.training.checkpoint import Checkpoint
@@ -196,11 +194,12 @@ def _strip_traces(model: onnx.ModelProto) -> None:
 
 @torch.inference_mode()
 def _compare(content: bytes, graph: Graph) -> None:
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    backend = engines.backend("onnxruntime")
+    engine = backend.load(backend.compile(content))
     generator = np.random.default_rng(0)
     for batch, height, width in CHECKED_SHAPES:
         views = generator.integers(0, 256, (batch, height, width, 3), np.uint8)
-        difference = np.abs(session.run(None, {"views": views})[0] - graph(torch.from_numpy(views)).numpy()).max()
+        difference = np.abs(engine.run(views) - graph(torch.from_numpy(views)).numpy()).max()
         if not difference <= TOLERANCE:
             raise ExportError(
                 f"the graph differs from torch by {difference:.2g} at {views.shape}; allowed: {TOLERANCE}"
@@ -238,7 +237,7 @@ def main() -> None:
         checkpoints = [checkpoint.load(run / "checkpoint.safetensors") for run in arguments.runs]
         name = arguments.name or arguments.bundle.resolve().name
         bundle = export(checkpoints, arguments.bundle, name=name, version=arguments.version)
-    except (ExportError, checkpoint.CheckpointError) as problem:
+    except (ExportError, checkpoint.CheckpointError, engines.BackendUnavailable) as problem:
         raise SystemExit(str(problem)) from None
     print(f"{bundle.identity}: {len(bundle.manifest.members)} members in {bundle.path}")
 

@@ -1,9 +1,10 @@
 """Serve a bundle: python -m resnet_ensemble.server
 
-Settings come from environment variables that begin with RESNET_ (see settings.py). SIGTERM and SIGINT stop the
-listener, answer what was accepted, and exit with 0.
+Settings are environment variables, listed below. SIGTERM and SIGINT stop the listener, answer what was accepted, and
+exit with 0.
 """
 
+import argparse
 import logging
 import signal
 import sys
@@ -13,11 +14,16 @@ import uvicorn
 
 from resnet_ensemble.server.app import create_app
 from resnet_ensemble.server.service import Service
-from resnet_ensemble.server.settings import from_environment
+from resnet_ensemble.server.settings import explain, from_environment
 
 
 def main() -> int:
     """Run until a signal, or until the bundle turns out not to be servable."""
+    argparse.ArgumentParser(
+        prog="python -m resnet_ensemble.server",
+        description=f"{__doc__}\n{explain()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Strangers' images would fill the log: Pillow warns of much that it then decodes well.
     warnings.filterwarnings("ignore", module="PIL")

@@ -63,6 +63,15 @@ class Settings(BaseSettings):
         return self
 
 
+def explain() -> str:
+    """Every setting with its default and meaning, one a line."""
+    defaults = Settings.model_construct().model_dump()
+    return "\n".join(
+        f"  {PREFIX}{name.upper():<24} {field.description} [{defaults[name]}]"
+        for name, field in Settings.model_fields.items()
+    )
+
+
 def from_environment() -> Settings:
     """The settings of this process. Raises ValueError for an unknown variable or a wrong value."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}

@@ -37,8 +37,17 @@ async def read(request: Request, settings: Settings) -> Upload:
     if content_type == "multipart/form-data":
         return await _read_form(request, settings)
     if content_type in ("", "application/octet-stream") or content_type.startswith("image/"):
-        return Upload([_checked(await request.body(), settings)], [None])
+        return Upload([await _read_raw(request, settings)], [None])
     raise ApiError("unsupported_media_type", f"the content type is {content_type}; {HINT}")
+
+
+async def _read_raw(request: Request, settings: Settings) -> bytes:
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > settings.max_image_bytes:  # what else comes is not worth keeping
+            raise _too_large(len(content), settings)
+    return bytes(content)
 
 
 async def _read_form(request: Request, settings: Settings) -> Upload:
@@ -69,14 +78,11 @@ async def _read_form(request: Request, settings: Settings) -> Upload:
 
 
 async def _part(part: UploadFile, settings: Settings) -> bytes | ApiError:
-    if part.size is not None and part.size > settings.max_image_bytes:
-        return _too_large(part.size, settings)
-    return _checked(await part.read(), settings)
-
-
-def _checked(content: bytes, settings: Settings) -> bytes | ApiError:
-    return content if len(content) <= settings.max_image_bytes else _too_large(len(content), settings)
+    size = part.size or 0  # Starlette has counted what it received
+    return await part.read() if size <= settings.max_image_bytes else _too_large(size, settings)
 
 
 def _too_large(size: int, settings: Settings) -> ApiError:
-    return ApiError("image_too_large", f"the image has {size} bytes; at most {settings.max_image_bytes} are allowed")
+    return ApiError(
+        "image_too_large", f"the image has {size} bytes or more; at most {settings.max_image_bytes} are allowed"
+    )

@@ -50,7 +50,7 @@ def wait_until_ready(client: TestClient) -> None:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Any]]:
+def serve() -> Callable[..., Any]:
     """A context manager that serves the shipped bundle's labels on fake engines, ready, over an in-process client."""
 
     @contextmanager
@@ -63,7 +63,7 @@ def serve() -> Iterator[Callable[..., Any]]:
             wait_until_ready(client)
             yield client
 
-    yield served
+    return served
 
 
 @pytest.fixture

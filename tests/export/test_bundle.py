@@ -46,7 +46,7 @@ def test_a_changed_member_is_refused(copy: Path, content: bytes) -> None:
     bundle = Bundle.open(copy)
     (copy / bundle.manifest.members[0].file).write_bytes(content)
 
-    with pytest.raises(BundleDamaged, match="not the file that bundle.json describes.*git checkout"):
+    with pytest.raises(BundleDamaged, match=r"not the file that bundle\.json describes.*git checkout"):
         bundle.read(bundle.manifest.members[0])
 
 

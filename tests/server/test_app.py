@@ -347,16 +347,6 @@ def test_an_unexpected_failure_is_a_problem_without_internals(
         assert client.post("/predict", content=png(), headers=RAW).status_code == 200
 
 
-def test_a_slow_upload_is_given_up(serve: Serve) -> None:
-    def slow() -> Any:
-        yield b"x"
-        time.sleep(0.5)
-        yield b"x"
-
-    with serve(upload_seconds=0.2) as client:
-        assert client.post("/predict", content=slow(), headers=RAW).status_code in (408, 415)
-
-
 # Around predictions
 
 

@@ -88,6 +88,20 @@ def test_a_client_that_leaves_takes_its_views_out_of_the_queue(shipped: Bundle) 
         assert client.post(f"{url}/predict", content=ship, headers={"Content-Type": "image/png"}).status_code == 200
 
 
+def test_a_slow_upload_is_given_up_and_others_are_served_meanwhile() -> None:
+    with process(RESNET_UPLOAD_SECONDS="0.5", RESNET_BACKEND="fake") as (_, url):
+        wait_until_ready(url)
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nfirst bytes")
+            assert httpx2.get(f"{url}/livez").status_code == 200
+            slow.settimeout(10)
+            answer = slow.recv(65536).decode()
+
+    assert answer.startswith("HTTP/1.1 408")
+    assert "slow_upload" in answer
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

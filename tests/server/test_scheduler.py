@@ -210,7 +210,7 @@ def test_admission_is_by_predicted_wait_and_says_when_to_come_back() -> None:
         running.admit(100)
 
         assert running.predicted_wait() == pytest.approx(1.0, rel=0.5)
-        with pytest.raises(Overloaded, match="above the limit of 0.5 s") as error:
+        with pytest.raises(Overloaded, match=r"above the limit of 0\.5 s") as error:
             running.admit(1)
         assert error.value.retry_after == 1
 

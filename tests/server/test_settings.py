@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from resnet_ensemble.server.settings import SHIPPED_BUNDLE, Settings, from_environment
+from resnet_ensemble.server.settings import SHIPPED_BUNDLE, Settings, explain, from_environment
 
 
 def test_the_defaults_serve_the_shipped_bundle_on_this_machine_only() -> None:
@@ -65,5 +65,7 @@ def test_settings_are_frozen() -> None:
         Settings().port = 1
 
 
-def test_every_setting_is_explained() -> None:
+def test_every_setting_is_explained_with_its_default() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+    assert "RESNET_PORT" in explain()
+    assert "The TCP port to listen on. [8000]" in explain()

@@ -1,0 +1,98 @@
+"""The README can't lie: its commands and its Python are run, and its numbers are those of the bundle."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.server.errors import KINDS
+from tests.server.test_process import process, wait_until_ready
+
+
+@pytest.fixture(scope="module")
+def readme(root: Path) -> str:
+    return (root / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with process() as (_, url):
+        wait_until_ready(url)
+        yield url.removeprefix("http://")
+
+
+def blocks(readme: str) -> list[tuple[str, str]]:
+    """(language, content) of the fenced blocks in order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+
+
+def run(command: list[str], root: Path) -> str:
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def without_times(answer: Any) -> Any:
+    """An answer without what differs between runs and, in the last digits, between CPUs."""
+    if isinstance(answer, dict):
+        return {k: without_times(v) for k, v in answer.items() if k not in ("timings_ms", "request_id")}
+    if isinstance(answer, list):
+        return [without_times(entry) for entry in answer]
+    return round(answer, 3) if isinstance(answer, float) else answer
+
+
+def test_every_curl_prints_the_answer_that_is_shown(readme: str, root: Path, server: str) -> None:
+    pairs = zip(blocks(readme), blocks(readme)[1:], strict=False)
+    shown = [(sh, answer) for (kind, sh), (next_kind, answer) in pairs if kind == "sh" and next_kind == "json"]
+
+    assert len(shown) >= 2
+    for command, answer in shown:
+        printed = run(["bash", "-c", command.replace("localhost:8000", server)], root)
+        assert without_times(json.loads(printed)) == without_times(json.loads(answer))
+
+
+def test_the_python_prints_what_is_shown(readme: str, root: Path, server: str) -> None:
+    pairs = zip(blocks(readme), blocks(readme)[1:], strict=False)
+    ((code, printed),) = [(a, b) for (kind, a), (next_kind, b) in pairs if (kind, next_kind) == ("python", "text")]
+
+    assert run([sys.executable, "-c", code.replace("localhost:8000", server)], root) == printed
+
+
+def test_every_make_target_that_is_named_exists(readme: str, root: Path) -> None:
+    named = set(re.findall(r"make ([a-z]+)", readme))
+
+    assert {"serve", "test", "check", "bench", "install"} <= named
+    for target in named:
+        run(["make", "--dry-run", target], root)
+
+
+def test_every_script_that_is_named_explains_itself(readme: str, root: Path) -> None:
+    named = set(re.findall(r"python ((?:training|export|benchmarks)/\w+\.py)", readme))
+
+    assert "export/build_engines.py" in named
+    for script in named:
+        assert "usage:" in run([sys.executable, script, "--help"], root)
+
+
+def test_the_errors_are_those_recorded_in_the_bundle(readme: str, shipped: Bundle) -> None:
+    recorded = [m for member in shipped.manifest.members for m in member.measured] + list(shipped.manifest.measured)
+
+    assert {"center", "10crop"} <= {m.protocol for m in recorded}
+    assert [m for m in recorded if f"{m.top1_error:.2f}" not in readme] == []
+    assert all(m.images == 5000 for m in recorded)
+
+
+def test_every_problem_code_is_listed(readme: str) -> None:
+    assert [code for code, kind in KINDS.items() if f"{kind.status} `{code}`" not in readme] == []
+
+
+def test_every_folder_is_on_the_map(readme: str, root: Path) -> None:
+    for folder in ("training", "export", "server", "clients/python", "bundles", "tests", "benchmarks"):
+        assert (root / folder).is_dir()
+        assert f"`{folder}/`" in readme
