@@ -64,9 +64,13 @@ class Graph(nn.Module):
 
 
 def preprocessing_of(saved: Checkpoint) -> Preprocessing:
-    """What the checkpoint's network was trained to see: 32 pixels, padded as in training."""
+    """How the checkpoint's network wants to see a picture: 32 pixels, for the ten crops with half of training's padding.
+
+    Corner crops of the whole padding are the rarest views of training. ResNet-20's 10-crop error on the 5,000
+    validation images was 7.70, 7.66, 7.88 and 8.20 % with 1, 2, 3 and 4 pixels; `center` sees no padding.
+    """
     recipe = saved.recipe
-    return Preprocessing(resize=32, crop=32, padding=recipe.padding, mean=recipe.mean, std=recipe.std)
+    return Preprocessing(resize=32, crop=32, padding=recipe.padding // 2, mean=recipe.mean, std=recipe.std)
 
 
 def network_of(saved: Checkpoint) -> nn.Module:

@@ -36,6 +36,7 @@ _HTTP_CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allo
 _T = TypeVar("_T")
 router = APIRouter()
 
+
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _PREDICT_BODY = {
     "requestBody": {
@@ -108,7 +109,7 @@ async def predict(request: Request, response: Response, options: Annotated[Optio
     """One image is answered with its prediction; several with `results` in their order, each failing alone.
 
     Send a form with one or more `image` files, or the bytes of one image as the body. `top_k` and `protocol` are
-    query parameters or form fields.
+    query parameters or form fields; the query's value counts when an option is given in both.
     """
     service = _service(request)
     classifier = service.classifier
@@ -196,13 +197,10 @@ def _service(request: Request) -> Service:
 
 
 def _with_fields(options: Options, fields: dict[str, str]) -> Options:
-    """Options from the query, completed by form fields."""
-    given = options.model_dump(exclude_unset=True)
-    twice = given.keys() & fields.keys()
-    if twice:
-        raise ApiError("invalid_option", f"{', '.join(sorted(twice))} is given in the query and in the form")
+    """Options from the query, completed by form fields; of an option that is in both, the query's value counts."""
     try:
-        return Options.model_validate(given | fields)
+        completed = Options.model_validate(fields)
+        return completed.model_copy(update=options.model_dump(exclude_unset=True))
     except ValidationError as error:
         raise ApiError("invalid_option", _explain(error.errors())) from None
 
