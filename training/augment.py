@@ -39,6 +39,4 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 def one_cycle(step: int, *, steps: int, peak: float, warm_up: float) -> float:
     """Learning rate at `step` of `steps`: linear to `peak` over the share `warm_up`, then linear to zero."""
     rising = warm_up * steps
-    if step < rising:
-        return peak * (step + 1) / rising if step + 1 < rising else peak
-    return peak * (steps - step) / (steps - rising)
+    return peak * min(1.0, (step + 1) / rising, (steps - step) / (steps - rising))
