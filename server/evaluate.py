@@ -108,20 +108,31 @@ def table(scores: list[Score]) -> str:
 
 
 def record(bundle: Bundle, scores: list[Score], dataset: str, split: str) -> None:
-    """Write the ensemble's errors into bundle.json, in place of older ones of the same data set and split."""
-    kept = tuple(m for m in bundle.manifest.measured if (m.dataset, m.split) != (dataset, split))
-    new = tuple(
-        Measured(
-            dataset=dataset,
-            split=split,
-            protocol=score.protocol,
-            images=score.images,
-            top1_error=round(score.ensemble, 4),
-            measured_by="python -m resnet_ensemble.server.evaluate",
+    """Write the errors into bundle.json, in place of older ones of the same data set, split and protocol."""
+
+    def replaced(old: tuple[Measured, ...], errors: dict[str, float]) -> tuple[Measured, ...]:
+        kept = tuple(m for m in old if (m.dataset, m.split) != (dataset, split) or m.protocol not in errors)
+        return kept + tuple(
+            Measured(
+                dataset=dataset,
+                split=split,
+                protocol=protocol,
+                images=scores[0].images,
+                top1_error=round(error, 4),
+                measured_by="python -m resnet_ensemble.server.evaluate",
+            )
+            for protocol, error in errors.items()
         )
-        for score in scores
+
+    manifest = bundle.manifest
+    members = tuple(
+        member.model_copy(
+            update={"measured": replaced(member.measured, {s.protocol: s.members[member.name] for s in scores})}
+        )
+        for member in manifest.members
     )
-    write(bundle.path, bundle.manifest.model_copy(update={"measured": kept + new}), {})
+    measured = replaced(manifest.measured, {score.protocol: score.ensemble for score in scores})
+    write(bundle.path, manifest.model_copy(update={"members": members, "measured": measured}), {})
 
 
 def _count(answer: Prediction, label: int, wrong: list[int]) -> None:

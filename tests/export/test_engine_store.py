@@ -51,7 +51,7 @@ def test_an_engine_of_another_backend_version_is_not_used(
 
 def test_the_fingerprint_depends_on_golden_values_and_preprocessing(bundle: Bundle) -> None:
     member = bundle.manifest.members[0]
-    other = member.model_copy(update={"preprocessing": replace(member.preprocessing, padding=2)})
+    other = member.model_copy(update={"preprocessing": replace(member.preprocessing, padding=3)})
     fewer = Bundle(bundle.path, bundle.manifest.model_copy(update={"golden": bundle.manifest.golden[1:]}))
 
     assert len({fingerprint(bundle, member, BACKEND), fingerprint(bundle, other, BACKEND)}) == 2

@@ -72,11 +72,17 @@ def test_wilson_intervals(error: float, images: int, interval: tuple[float, floa
 def test_a_recorded_result_replaces_an_older_one(shipped: Bundle, tmp_path: Path) -> None:
     bundle = Bundle.open(Path(shutil.copytree(shipped.path, tmp_path / "b")))
 
-    for error in (9.0, 8.0):
-        evaluate.record(Bundle.open(bundle.path), [evaluate.Score("flip", 7, error, {}, 1.0)], "D", "val")
+    names = [member.name for member in bundle.manifest.members]
 
-    recorded = [m for m in Bundle.open(bundle.path).manifest.measured if m.dataset == "D"]
-    assert [(m.protocol, m.images, m.top1_error) for m in recorded] == [("flip", 7, 8.0)]
+    for error in (9.0, 8.0):
+        score = evaluate.Score("flip", 7, error, dict.fromkeys(names, error + 2), 1.0)
+        evaluate.record(Bundle.open(bundle.path), [score], "D", "val")
+
+    after = Bundle.open(bundle.path).manifest
+    recorded = [[m for m in part.measured if m.dataset == "D"] for part in (after, *after.members)]
+    found = [[(m.protocol, m.images, m.top1_error) for m in measured] for measured in recorded]
+    assert found == [[("flip", 7, 8.0)], *[[("flip", 7, 10.0)]] * len(names)]
+    assert after.measured[: len(bundle.manifest.measured)] == bundle.manifest.measured
 
 
 def test_the_table_has_a_row_for_each_protocol() -> None:
