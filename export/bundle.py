@@ -178,4 +178,4 @@ def write(path: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
 
 
 def _remedy(path: Path) -> str:
-    return f"restore {path} (git checkout -- {path.name}/ from its folder) or export it again with export/to_onnx.py"
+    return f"restore it (git checkout -- {path}) or export it again (export/to_onnx.py)"

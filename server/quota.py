@@ -8,16 +8,16 @@ from resnet_ensemble.server.errors import ApiError
 
 
 class Quota:
-    """Counts images by client; used from the event loop only."""
+    """Counts images by client; used from the event loop only. `limit`: images in progress, None for any number."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int | None) -> None:
         self._limit = limit
         self._held: Counter[str] = Counter()
 
     @contextmanager
     def hold(self, client: str, images: int) -> Iterator[None]:
         """Count `images` while the block runs. Raises ApiError("quota_exceeded")."""
-        if self._held[client] + images > self._limit:
+        if self._limit is not None and self._held[client] + images > self._limit:
             held = self._held[client]
             raise ApiError(
                 "quota_exceeded",

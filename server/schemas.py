@@ -103,7 +103,7 @@ class Info(BaseModel):
     measured: tuple[Measured, ...]
     streams: int
     max_batch: int
-    limits: dict[str, float]
+    limits: dict[str, float | None]
 
 
 class Status(BaseModel):

@@ -41,8 +41,8 @@ class Settings(BaseSettings):
     """Width times height of one image, read from its header before it is decoded."""
     max_images_per_request: int = Field(default=64, ge=1)
     """`image` parts in one request."""
-    max_images_per_client: int = Field(default=256, ge=1)
-    """Images in progress for one client address; above it the answer is 429."""
+    max_images_per_client: int | None = Field(default=None, ge=1)
+    """Images in progress for one client address; above it the answer is 429. None, since a proxy is one address."""
     upload_seconds: float = Field(default=30.0, gt=0)
     """How long a request's body may take to arrive."""
     drain_seconds: int = Field(default=30, ge=1)
@@ -55,7 +55,7 @@ class Settings(BaseSettings):
                 f"RESNET_MAX_IMAGE_BYTES ({self.max_image_bytes}) is more than a whole request may have, "
                 f"RESNET_MAX_REQUEST_BYTES ({self.max_request_bytes})"
             )
-        if self.max_images_per_request > self.max_images_per_client:
+        if self.max_images_per_client is not None and self.max_images_per_request > self.max_images_per_client:
             raise ValueError(
                 f"RESNET_MAX_IMAGES_PER_REQUEST ({self.max_images_per_request}) is more than one client may have in "
                 f"progress, RESNET_MAX_IMAGES_PER_CLIENT ({self.max_images_per_client})"

@@ -11,6 +11,11 @@ def test_a_client_may_hold_up_to_the_limit() -> None:
         quota.hold("a", 1).__enter__()
 
 
+def test_without_a_limit_everything_is_allowed() -> None:
+    with Quota(None).hold("a", 10**9):
+        pass
+
+
 def test_clients_do_not_share_a_quota() -> None:
     quota = Quota(1)
 
