@@ -1,12 +1,14 @@
 """What many tests need: the shipped bundle, and a served application on fake engines."""
 
 import io
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -18,6 +20,10 @@ from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# A busy machine is no failure; and what CI finds must not depend on luck.
+hypothesis.settings.register_profile("repository", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("repository")
 
 
 @pytest.fixture(scope="session")

@@ -194,6 +194,8 @@ def test_concurrent_requests_share_batches_and_get_their_own_answers(serve: Serv
         return engines[-1]
 
     with serve(engine, streams=1) as client, ThreadPoolExecutor(16) as pool:
+        for warm in engines:
+            warm.batches.clear()
         brightness = [int(b) for b in np.random.default_rng(0).integers(0, 256, 64)]
         answers = list(pool.map(lambda b: client.post("/predict", content=png(b), headers=RAW).json(), brightness))
 

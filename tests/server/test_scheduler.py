@@ -209,10 +209,10 @@ def test_admission_is_by_predicted_wait_and_says_when_to_come_back() -> None:
         gate.open.clear()
         running.admit(100)
 
-        assert running.predicted_wait() == pytest.approx(1.0, rel=0.5)
+        assert 1 <= running.predicted_wait() < 10  # sleeping takes at least its time, on a busy machine more
         with pytest.raises(Overloaded, match=r"above the limit of 0\.5 s") as error:
             running.admit(1)
-        assert error.value.retry_after == 1
+        assert error.value.retry_after >= 1
 
 
 def test_an_idle_server_takes_a_request_of_any_size() -> None:
