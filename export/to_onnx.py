@@ -16,6 +16,7 @@ import importlib.metadata
 import io
 import platform
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from resnet_ensemble.export import drawings, engines
 from resnet_ensemble.export.bundle import Bundle, Golden, Manifest, Measured, Member, write
 from resnet_ensemble.training import checkpoint, cifar10
 from resnet_ensemble.training.checkpoint import Checkpoint
-from resnet_ensemble.training.model import build, parameter_count
+from resnet_ensemble.training.model import cifar, parameter_count
 from resnet_ensemble.training.views import Preprocessing, make_views
 
 OPSET = 20
@@ -74,10 +75,10 @@ def preprocessing_of(saved: Checkpoint) -> Preprocessing:
 
 
 def network_of(saved: Checkpoint) -> nn.Module:
-    """The checkpoint's network in evaluation mode, in plain contiguous memory."""
-    network = build(saved.recipe.depth, saved.recipe.classes)
+    """The checkpoint's network in evaluation mode."""
+    network = cifar(saved.recipe.depth, classes=saved.recipe.classes)
     network.load_state_dict(saved.weights)
-    return network.eval().to(memory_format=torch.contiguous_format)
+    return network.eval()
 
 
 def to_onnx(graph: Graph) -> bytes:
@@ -165,14 +166,12 @@ def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str
 
 
 def _fold_batch_norm(graph: Graph) -> None:
-    """Replace each conv/bn pair by one convolution with a bias: names pair up as conv1/bn1, conv2/bn2."""
-    for module in graph.modules():
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Conv2d) and name.startswith("conv"):
-                norm = module.get_submodule(name.replace("conv", "bn"))
-                assert isinstance(norm, nn.BatchNorm2d)
-                setattr(module, name, fuse_conv_bn_eval(child, norm))
-                setattr(module, name.replace("conv", "bn"), nn.Identity())
+    """Replace each convolution and the batch norm that is registered next to it by one convolution with a bias."""
+    for module in list(graph.modules()):
+        for (conv_name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
 
 
 def _name_dimensions(model: onnx.ModelProto) -> None:

@@ -1,27 +1,39 @@
-"""The CIFAR residual networks, as in section 4.2 and Table 6 of the paper (arXiv 1512.03385).
+"""Every network of the paper (arXiv 1512.03385): Table 1 for ImageNet, section 4.2 and Table 6 for CIFAR.
 
-    image (n, 3, 32, 32)
-      3x3 convolution, 16 filters              (n, 16, 32, 32)
-      n basic blocks of 16 filters             (n, 16, 32, 32)
-      n basic blocks of 32 filters, stride 2   (n, 32, 16, 16)
-      n basic blocks of 64 filters, stride 2   (n, 64,  8,  8)
-      global average pooling, linear           (n, classes)
+    ImageNet                                     CIFAR, depth 6n + 2
+      7x7, 64, stride 2           112 x 112        3x3, 16                    32 x 32
+      3x3 max pooling, stride 2    56 x  56
+      blocks of  64 (x 4)          56 x  56        n blocks of 16             32 x 32
+      blocks of 128 (x 4)          28 x  28        n blocks of 32, stride 2   16 x 16
+      blocks of 256 (x 4)          14 x  14        n blocks of 64, stride 2    8 x  8
+      blocks of 512 (x 4)           7 x   7
+      global average pooling, linear               global average pooling, linear
 
-That is 6n + 2 weighted layers. Every convolution is followed by batch normalisation, before the activation.
-Names inside the state dict follow torchvision's ResNet.
+(x 4): what a bottleneck block gives. Every convolution is followed by batch normalisation, before the activation.
+A plain network is the same without the shortcuts. State dicts have torchvision's names and shapes, so its weights, and
+whatever was fine-tuned from them, load and save unchanged.
 """
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STAGE_FILTERS = (16, 32, 64)
+# A: subsample and append zero channels. B: 1x1 projections where the shape changes. C: projections everywhere.
+Shortcut = Literal["A", "B", "C", "plain"]
+# Where a bottleneck that halves the size does it: the paper in its first 1x1 (v1), torchvision in the 3x3 (v1.5).
+Stride = Literal["v1", "v1.5"]
 
-# Table 6, in millions. The exact counts are in tests/training/test_model.py.
-PAPER_PARAMETERS = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7, 1202: 19.4}
+# Table 1: blocks per stage.
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+EXPANSION = 4  # a bottleneck gives four times the filters of its 3x3 convolution
+
+# Table 6, in millions of parameters.
+CIFAR_PARAMETERS = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7, 1202: 19.4}
 
 
-class ShortcutA(nn.Module):
+class SubsampleAndPad(nn.Module):
     """Option A: subsample by the stride and append zero channels. It has no parameters."""
 
     def __init__(self, in_filters: int, out_filters: int, stride: int) -> None:
@@ -34,50 +46,112 @@ class ShortcutA(nn.Module):
         return F.pad(x, (0, 0, 0, 0, 0, self.new_filters))
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (Figure 5, left)."""
+def projection(in_filters: int, out_filters: int, stride: int) -> nn.Sequential:
+    """Options B and C: a 1x1 convolution and its batch normalisation."""
+    return nn.Sequential(conv(in_filters, out_filters, 1, stride), nn.BatchNorm2d(out_filters))
 
-    def __init__(self, in_filters: int, out_filters: int, stride: int) -> None:
+
+def conv(in_filters: int, out_filters: int, size: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the size (or divides it by the stride); batch norm has the bias."""
+    return nn.Conv2d(in_filters, out_filters, size, stride, padding=size // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (Figure 5, left). `downsample` is the shortcut; None in a plain network."""
+
+    def __init__(self, in_filters: int, filters: int, stride: int, shortcut: Shortcut, _stride_at: Stride) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_filters, out_filters, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_filters)
-        self.conv2 = nn.Conv2d(out_filters, out_filters, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_filters)
-        changes_shape = stride != 1 or in_filters != out_filters
-        self.shortcut = ShortcutA(in_filters, out_filters, stride) if changes_shape else nn.Identity()
+        self.conv1 = conv(in_filters, filters, 3, stride)
+        self.bn1 = nn.BatchNorm2d(filters)
+        self.conv2 = conv(filters, filters, 3)
+        self.bn2 = nn.BatchNorm2d(filters)
+        self.downsample = _shortcut(in_filters, filters, stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(x)))
         residual = self.bn2(self.conv2(residual))
-        return F.relu(residual + self.shortcut(x))
+        return F.relu(residual if self.downsample is None else residual + self.downsample(x))
 
 
-class CifarResNet(nn.Module):
-    """ResNet-(6n+2) with option A shortcuts.
+class Bottleneck(nn.Module):
+    """1x1 to fewer filters, 3x3, 1x1 to four times as many (Figure 5, right)."""
 
-    Takes normalised images, float (n, 3, h, w), h and w of at least 4; returns logits, float (n, classes).
+    def __init__(self, in_filters: int, filters: int, stride: int, shortcut: Shortcut, stride_at: Stride) -> None:
+        super().__init__()
+        first, second = (stride, 1) if stride_at == "v1" else (1, stride)
+        self.conv1 = conv(in_filters, filters, 1, first)
+        self.bn1 = nn.BatchNorm2d(filters)
+        self.conv2 = conv(filters, filters, 3, second)
+        self.bn2 = nn.BatchNorm2d(filters)
+        self.conv3 = conv(filters, EXPANSION * filters, 1)
+        self.bn3 = nn.BatchNorm2d(EXPANSION * filters)
+        self.downsample = _shortcut(in_filters, EXPANSION * filters, stride, shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = F.relu(self.bn1(self.conv1(x)))
+        residual = F.relu(self.bn2(self.conv2(residual)))
+        residual = self.bn3(self.conv3(residual))
+        return F.relu(residual if self.downsample is None else residual + self.downsample(x))
+
+
+class ResNet(nn.Module):
+    """A residual (or plain) network. Make one with `imagenet` or `cifar`.
+
+    Takes normalised images, float (n, 3, h, w); returns logits, float (n, classes).
     """
 
-    def __init__(self, depth: int, classes: int = 10) -> None:
+    def __init__(
+        self,
+        stem: nn.Conv2d,
+        pool: nn.Module,
+        block: type[BasicBlock | Bottleneck],
+        blocks: tuple[int, ...],
+        *,
+        classes: int,
+        shortcut: Shortcut,
+        stride_at: Stride,
+    ) -> None:
         super().__init__()
-        if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"a CIFAR ResNet has 6n + 2 layers (8, 14, 20, 32, ...), not {depth}")
-        blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, STAGE_FILTERS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(STAGE_FILTERS[0])
-        self.layer1 = _stage(blocks, STAGE_FILTERS[0], STAGE_FILTERS[0], stride=1)
-        self.layer2 = _stage(blocks, STAGE_FILTERS[0], STAGE_FILTERS[1], stride=2)
-        self.layer3 = _stage(blocks, STAGE_FILTERS[1], STAGE_FILTERS[2], stride=2)
-        self.fc = nn.Linear(STAGE_FILTERS[2], classes)
+        self.conv1 = stem
+        self.bn1 = nn.BatchNorm2d(stem.out_channels)
+        self.maxpool = pool
+        expansion = EXPANSION if block is Bottleneck else 1
+        in_filters = stem.out_channels
+        for stage, count in enumerate(blocks):
+            filters = stem.out_channels * 2**stage
+            layers = nn.Sequential()
+            for i in range(count):
+                layers.append(block(in_filters, filters, 2 if stage > 0 and i == 0 else 1, shortcut, stride_at))
+                in_filters = expansion * filters
+            self.add_module(f"layer{stage + 1}", layers)
+        self.fc = nn.Linear(in_filters, classes)
+        self._stages = [f"layer{stage + 1}" for stage in range(len(blocks))]
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))  # (n, 16, h, w)
-        x = self.layer1(x)  # (n, 16, h, w)
-        x = self.layer2(x)  # (n, 32, h/2, w/2)
-        x = self.layer3(x)  # (n, 64, h/4, w/4)
-        x = x.mean(dim=(2, 3))  # (n, 64)
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # ImageNet: (n, 64, h/4, w/4); CIFAR: (n, 16, h, w)
+        for name in self._stages:
+            x = self.get_submodule(name)(x)  # each stage after the first halves h and w and doubles the filters
+        x = x.mean(dim=(2, 3))  # (n, filters)
         return self.fc(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is typed Any
+
+
+def imagenet(depth: int, *, classes: int = 1000, shortcut: Shortcut = "B", stride_at: Stride = "v1.5") -> ResNet:
+    """ResNet-18, 34, 50, 101 or 152 of Table 1, for pictures of 224 x 224 or any other size."""
+    if depth not in BLOCKS:
+        raise ValueError(f"an ImageNet network has one of {list(BLOCKS)} layers, not {depth}")
+    stem = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+    pool = nn.MaxPool2d(3, stride=2, padding=1)
+    block = BasicBlock if depth < 50 else Bottleneck
+    return ResNet(stem, pool, block, BLOCKS[depth], classes=classes, shortcut=shortcut, stride_at=stride_at)
+
+
+def cifar(depth: int, *, classes: int = 10, shortcut: Shortcut = "A") -> ResNet:
+    """The network of 6n + 2 layers of section 4.2, for pictures of 32 x 32 or any other size."""
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"a CIFAR network has 6n + 2 layers (8, 14, 20, 32, ...), not {depth}")
+    blocks = ((depth - 2) // 6,) * 3
+    return ResNet(conv(3, 16, 3), nn.Identity(), BasicBlock, blocks, classes=classes, shortcut=shortcut, stride_at="v1")
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -85,9 +159,33 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _stage(blocks: int, in_filters: int, out_filters: int, *, stride: int) -> nn.Sequential:
-    first = BasicBlock(in_filters, out_filters, stride)
-    return nn.Sequential(first, *(BasicBlock(out_filters, out_filters, 1) for _ in range(blocks - 1)))
+def multiply_adds(model: nn.Module, size: int) -> int:
+    """Multiply-adds of the convolutions and the linear layer for one picture of size x size, as the paper counts."""
+    total = 0
+
+    def count(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        weight = module.get_parameter("weight")
+        total += weight.numel() * output.shape[2:].numel()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+def _shortcut(in_filters: int, out_filters: int, stride: int, option: Shortcut) -> nn.Module | None:
+    if option == "plain":
+        return None
+    same = stride == 1 and in_filters == out_filters
+    if same and option != "C":
+        return nn.Identity()
+    if option == "A":
+        return SubsampleAndPad(in_filters, out_filters, stride)
+    return projection(in_filters, out_filters, stride)
 
 
 def _initialise(model: nn.Module) -> None:
@@ -95,8 +193,3 @@ def _initialise(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def build(depth: int, classes: int) -> nn.Module:
-    """The network that a checkpoint's recipe describes."""
-    return CifarResNet(depth, classes).to(memory_format=torch.channels_last)

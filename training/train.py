@@ -25,7 +25,7 @@ from tqdm import tqdm
 from resnet_ensemble.training import augment, checkpoint, cifar10
 from resnet_ensemble.training.checkpoint import Checkpoint, Epoch
 from resnet_ensemble.training.files import write_atomically
-from resnet_ensemble.training.model import build
+from resnet_ensemble.training.model import cifar
 from resnet_ensemble.training.recipes import RECIPES, Recipe
 from resnet_ensemble.training.views import mean_colour
 
@@ -41,7 +41,7 @@ def train(recipe: Recipe, data: Path, folder: Path) -> Checkpoint:
     labels = torch.from_numpy(training.labels)
 
     torch.manual_seed(recipe.seed)
-    model = build(recipe.depth, recipe.classes).to(device)
+    model = cifar(recipe.depth, classes=recipe.classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(model, recipe)
     path = folder / "checkpoint.safetensors"
     history: tuple[Epoch, ...] = ()

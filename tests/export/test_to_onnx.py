@@ -12,7 +12,7 @@ import torch
 from resnet_ensemble.export import to_onnx
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.training.checkpoint import Checkpoint, Epoch
-from resnet_ensemble.training.model import CifarResNet, parameter_count
+from resnet_ensemble.training.model import cifar, parameter_count
 from resnet_ensemble.training.recipes import RECIPES
 
 RECIPE = replace(RECIPES["resnet20-cifar10"], depth=8, epochs=1)
@@ -21,7 +21,7 @@ RECIPE = replace(RECIPES["resnet20-cifar10"], depth=8, epochs=1)
 @pytest.fixture(scope="module")
 def saved() -> Checkpoint:
     torch.manual_seed(0)
-    network = CifarResNet(8)
+    network = cifar(8)
     for module in network.modules():  # as if it had been trained: statistics that folding must take into account
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -75,7 +75,7 @@ def test_the_file_holds_no_path_of_the_exporting_machine(exported: bytes) -> Non
 
 
 def test_a_graph_that_is_another_network_is_refused(graph: to_onnx.Graph, exported: bytes) -> None:
-    other = to_onnx.Graph(CifarResNet(8).eval(), RECIPE_PREPROCESSING).eval()
+    other = to_onnx.Graph(cifar(8).eval(), RECIPE_PREPROCESSING).eval()
 
     with pytest.raises(to_onnx.ExportError, match="differs from torch"):
         to_onnx._compare(exported, other)
@@ -90,7 +90,7 @@ def test_an_exported_bundle_is_complete(saved: Checkpoint, tmp_path: Path) -> No
     bundle = Bundle.open(tmp_path / "b")
     (member,) = bundle.manifest.members
     (measured,) = member.measured
-    assert (member.name, member.parameters) == ("resnet8", parameter_count(CifarResNet(8)))
+    assert (member.name, member.parameters) == ("resnet8", parameter_count(cifar(8)))
     assert (measured.protocol, measured.images, measured.top1_error) == ("center", 5000, 55.0)
     assert all(sum(g.probabilities["resnet8"]) == pytest.approx(1, abs=1e-5) for g in bundle.manifest.golden)
     bundle.read(member)

@@ -1,60 +1,137 @@
 import pytest
 import torch
+import torchvision
+from torch import nn
 
-from resnet_ensemble.training.model import PAPER_PARAMETERS, CifarResNet, ShortcutA, build, parameter_count
+from resnet_ensemble.training.model import (
+    BLOCKS,
+    CIFAR_PARAMETERS,
+    Shortcut,
+    SubsampleAndPad,
+    cifar,
+    imagenet,
+    multiply_adds,
+    parameter_count,
+)
 
-# Weights, biases, and batch norm's scale and shift; option A shortcuts add none.
-EXACT = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274}
+# Weights, biases, and batch norm's scale and shift, with 1000 classes and option B: torchvision's counts.
+IMAGENET_PARAMETERS = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}
+# Option A has no parameters.
+CIFAR_EXACT = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274}
+# Table 1, in 1e9; the stride in the 3x3 costs the bottleneck networks a little more.
+PAPER_MULTIPLY_ADDS = {18: 1.8, 34: 3.6, 50: 3.8, 101: 7.6, 152: 11.3}
 
 
-@pytest.mark.parametrize("depth", EXACT)
-def test_parameter_counts_are_those_of_table_6(depth: int) -> None:
-    count = parameter_count(CifarResNet(depth))
-
-    assert count == EXACT[depth]
-    decimals = 2 if depth < 100 else 1
-    assert round(count / 1e6, decimals) == PAPER_PARAMETERS[depth]
+@pytest.mark.parametrize("depth", BLOCKS)
+def test_imagenet_parameter_counts_are_torchvisions(depth: int) -> None:
+    assert parameter_count(imagenet(depth)) == IMAGENET_PARAMETERS[depth]
+    assert parameter_count(imagenet(depth, stride_at="v1")) == IMAGENET_PARAMETERS[depth]
 
 
-@pytest.mark.parametrize("depth", [20, 56])
-def test_depth_counts_the_weighted_layers(depth: int) -> None:
-    layers = [m for m in CifarResNet(depth).modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+@pytest.mark.parametrize("depth", CIFAR_EXACT)
+def test_cifar_parameter_counts_are_those_of_table_6(depth: int) -> None:
+    count = parameter_count(cifar(depth))
 
-    assert len(layers) == depth
+    assert count == CIFAR_EXACT[depth]
+    assert round(count / 1e6, 2 if depth < 100 else 1) == CIFAR_PARAMETERS[depth]
+
+
+@pytest.mark.parametrize("depth", BLOCKS)
+def test_multiply_adds_are_those_of_table_1(depth: int) -> None:
+    counted = multiply_adds(imagenet(depth, stride_at="v1").eval(), 224) / 1e9
+
+    assert counted == pytest.approx(PAPER_MULTIPLY_ADDS[depth], abs=0.07)
+
+
+@pytest.mark.parametrize(("depth", "counted"), [(50, 4.09e9), (101, 7.80e9), (152, 11.51e9)])
+def test_the_stride_in_the_3x3_costs_more(depth: int, counted: float) -> None:
+    assert multiply_adds(imagenet(depth, stride_at="v1.5").eval(), 224) == pytest.approx(counted, rel=1e-3)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_torchvisions_weights_load_and_give_torchvisions_logits(depth: int) -> None:
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=7).eval()
+    ours = imagenet(depth, classes=7).eval()
+    x = torch.randn(2, 3, 65, 97)
+
+    ours.load_state_dict(theirs.state_dict())
+
+    with torch.inference_mode():
+        assert torch.equal(ours(x), theirs(x))
+    theirs.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize(("option", "count"), [("A", 21_623_848), ("B", 21_797_672), ("C", 22_716_840)])
+def test_shortcut_options_differ_by_their_projections(option: Shortcut, count: int) -> None:
+    assert parameter_count(imagenet(34, shortcut=option)) == count
+
+
+@pytest.mark.parametrize("network", [imagenet(18), imagenet(50), cifar(20)], ids=["18", "50", "cifar20"])
+def test_depth_counts_the_weighted_layers_without_projections(network: nn.Module) -> None:
+    layers = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and "downsample" not in name
+    ]
+
+    assert len(layers) in (18, 50, 20)
+
+
+@pytest.mark.parametrize("plain", [imagenet(34, shortcut="plain"), cifar(20, shortcut="plain")])
+def test_a_plain_network_has_the_layers_and_no_shortcut(plain: nn.Module) -> None:
+    residual = imagenet(34, shortcut="A") if isinstance(plain.get_submodule("maxpool"), nn.MaxPool2d) else cifar(20)
+
+    assert parameter_count(plain) == parameter_count(residual)
+    assert "downsample" not in " ".join(name for name, _ in plain.named_modules())
+
+
+def test_a_residual_block_of_zero_weights_is_the_identity_and_a_plain_one_is_not() -> None:
+    for option, expected in [("A", 3.0), ("plain", 0.0)]:
+        block = cifar(8, shortcut=option).layer1[0].eval()
+        nn.init.zeros_(block.bn2.weight)
+
+        assert block(torch.full((1, 16, 4, 4), 3.0)).unique().tolist() == [expected]
 
 
 @pytest.mark.parametrize("depth", [2, 7, 21, 34])
-def test_a_depth_that_is_not_6n_plus_2_is_refused(depth: int) -> None:
+def test_a_cifar_depth_that_is_not_6n_plus_2_is_refused(depth: int) -> None:
     with pytest.raises(ValueError, match="6n \\+ 2"):
-        CifarResNet(depth)
+        cifar(depth)
+
+
+def test_an_imagenet_depth_that_is_not_in_table_1_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"one of \[18, 34, 50, 101, 152\] layers, not 20"):
+        imagenet(20)
 
 
 def test_stages_halve_the_size_and_double_the_filters() -> None:
-    model = build(8, 10).eval()
-    x = torch.zeros(2, 16, 32, 32)
+    shapes = []
+    network = imagenet(50).eval()
+    for stage in range(1, 5):
+        network.get_submodule(f"layer{stage}").register_forward_hook(lambda _m, _i, y: shapes.append(tuple(y.shape)))
 
-    second = model.layer2(model.layer1(x))
+    network(torch.zeros(1, 3, 224, 224))
 
-    assert second.shape == (2, 32, 16, 16)
-    assert model.layer3(second).shape == (2, 64, 8, 8)
+    assert shapes == [(1, 256, 56, 56), (1, 512, 28, 28), (1, 1024, 14, 14), (1, 2048, 7, 7)]
 
 
 def test_option_a_subsamples_and_appends_zero_channels() -> None:
     x = torch.arange(2 * 4 * 4, dtype=torch.float32).reshape(1, 2, 4, 4)
 
-    y = ShortcutA(2, 5, stride=2)(x)
+    y = SubsampleAndPad(2, 5, stride=2)(x)
 
     assert torch.equal(y[:, :2], x[:, :, ::2, ::2])
     assert not y[:, 2:].any()
 
 
-def test_any_number_of_classes_and_any_size() -> None:
-    model = build(8, 100).eval()
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_any_number_of_classes_and_any_size(classes: int) -> None:
+    assert cifar(8, classes=classes).eval()(torch.zeros(3, 3, 41, 27)).shape == (3, classes)
+    assert imagenet(18, classes=classes).eval()(torch.zeros(1, 3, 65, 120)).shape == (1, classes)
 
-    assert model(torch.zeros(3, 3, 41, 27)).shape == (3, 100)
 
+def test_convolutions_start_with_he_s_deviation() -> None:
+    weight = imagenet(18).layer4[1].conv2.weight
 
-def test_state_dict_names_follow_torchvision() -> None:
-    names = set(CifarResNet(20).state_dict())
-
-    assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer3.2.bn2.bias", "fc.bias"} <= names
+    assert weight.std().item() == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)

@@ -86,7 +86,7 @@ def test_a_diverged_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> 
 
 
 def test_weight_decay_is_only_on_convolution_and_linear_weights() -> None:
-    model = train.build(8, 10)
+    model = train.cifar(8)
 
     decayed, others = train._optimizer(model, TINY).param_groups
 
