@@ -11,19 +11,16 @@ COPY export ./export
 COPY server ./server
 COPY clients ./clients
 COPY bundles ./bundles
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ.get('RESNET_PORT', '8000') + '/readyz', timeout=2)"]
+CMD ["python", "-m", "resnet_ensemble.server"]
 
 FROM base AS gpu
 RUN python -m pip install --constraint constraints.txt '.[server,gpu]'
 WORKDIR /
 USER 10001
-EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ.get('RESNET_PORT', '8000') + '/readyz', timeout=2)"]
-CMD ["python", "-m", "resnet_ensemble.server"]
 
 FROM base AS cpu
 RUN python -m pip install --constraint constraints.txt '.[server,cpu]'
 WORKDIR /
 USER 10001
-EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ.get('RESNET_PORT', '8000') + '/readyz', timeout=2)"]
-CMD ["python", "-m", "resnet_ensemble.server"]

@@ -72,10 +72,9 @@ def test_make_serve_sets_up_and_answers_a_picture(checkout: Path) -> None:
 def test_the_dockerfile_s_commands_install_serve_and_check_health(checkout: Path, tmp_path: Path) -> None:
     """No engine can build the image here, so its cpu target is followed by hand: RUN, CMD and HEALTHCHECK."""
     dockerfile = (checkout / "Dockerfile").read_text()
-    target = dockerfile.split("AS cpu")[1]
-    (install,) = re.findall(r"^RUN (.+)$", target, re.MULTILINE)
-    health = json.loads(re.findall(r"HEALTHCHECK .* CMD (\[.+\])$", target, re.MULTILINE)[0])
-    serve = json.loads(re.findall(r"^CMD (\[.+\])$", target, re.MULTILINE)[0])
+    (install,) = re.findall(r"^RUN (.+)$", dockerfile.split("AS cpu")[1], re.MULTILINE)
+    (health,) = (json.loads(found) for found in re.findall(r"^HEALTHCHECK .* CMD (\[.+\])$", dockerfile, re.MULTILINE))
+    (serve,) = (json.loads(found) for found in re.findall(r"^CMD (\[.+\])$", dockerfile, re.MULTILINE))
     copied = {
         name.rstrip("/") for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE) for name in line.split()
     }
