@@ -32,7 +32,8 @@ from resnet_ensemble.export import drawings, engines
 from resnet_ensemble.export.bundle import Bundle, Golden, Manifest, Measured, Member, write
 from resnet_ensemble.training import checkpoint, cifar10
 from resnet_ensemble.training.checkpoint import Checkpoint
-from resnet_ensemble.training.model import cifar, parameter_count
+from resnet_ensemble.training.model import parameter_count
+from resnet_ensemble.training.recipes import new_network
 from resnet_ensemble.training.views import Preprocessing, make_views
 
 OPSET = 20
@@ -76,9 +77,9 @@ def preprocessing_of(saved: Checkpoint) -> Preprocessing:
 
 def network_of(saved: Checkpoint) -> nn.Module:
     """The checkpoint's network in evaluation mode."""
-    network = cifar(saved.recipe.depth, classes=saved.recipe.classes)
-    network.load_state_dict(saved.weights)
-    return network.eval()
+    made = new_network(saved.recipe)
+    made.load_state_dict(saved.weights)
+    return made.eval()
 
 
 def to_onnx(graph: Graph) -> bytes:
@@ -117,8 +118,8 @@ def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str
     for saved in tqdm(checkpoints, "export", unit="member", disable=None):
         if not saved.finished:
             raise ExportError(f"{saved.recipe.name} is not trained to its last epoch; run training/train.py again")
-        network, preprocessing = network_of(saved), preprocessing_of(saved)
-        graph = Graph(network, preprocessing).eval()
+        trained, preprocessing = network_of(saved), preprocessing_of(saved)
+        graph = Graph(trained, preprocessing).eval()
         content = to_onnx(graph)
         title = f"resnet{saved.recipe.depth}"
         file = f"members/{title}.onnx"
@@ -128,7 +129,7 @@ def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str
                 name=title,
                 file=file,
                 sha256=hashlib.sha256(content).hexdigest(),
-                parameters=parameter_count(network),
+                parameters=parameter_count(trained),
                 preprocessing=preprocessing,
                 recipe=asdict(saved.recipe),
                 measured=(_validation(saved),),

@@ -88,9 +88,10 @@ def load(path: Path) -> Checkpoint:
 
 
 def _recipe(values: dict[str, Any], path: Path) -> Recipe:
-    unknown = values.keys() ^ {f.name for f in fields(Recipe)}
+    """A field that is newer than the checkpoint has its default: what was done before there was a choice."""
+    unknown = values.keys() - {f.name for f in fields(Recipe)}
     if unknown:
-        raise CheckpointError(f"{path} was made by another version: its recipe differs in {', '.join(sorted(unknown))}")
+        raise CheckpointError(f"{path} was made by another version: its recipe has {', '.join(sorted(unknown))}")
     as_tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return Recipe(**as_tuples)
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from resnet_ensemble.training.model import ResNet, Shortcut, cifar
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -10,6 +12,7 @@ class Recipe:
     name: str
     depth: int
     classes: int = 10
+    shortcut: Shortcut = "A"  # or "plain": the same network without shortcuts
     epochs: int = 30
     batch_size: int = 128
     peak_learning_rate: float = 0.2
@@ -23,14 +26,23 @@ class Recipe:
     seed: int = 0
 
 
-def _short(depth: int) -> Recipe:
+def new_network(recipe: Recipe) -> ResNet:
+    """The recipe's network, initialised but not trained."""
+    return cifar(recipe.depth, classes=recipe.classes, shortcut=recipe.shortcut)
+
+
+def _short(depth: int, shortcut: Shortcut = "A") -> Recipe:
     """The paper's data and augmentation under a one-cycle schedule: 30 epochs instead of its 182.
 
     Linear warm-up and linear decay to zero with Nesterov momentum reach in 30 epochs what the paper's step schedule
     reaches in about a hundred; the weight decay is between the paper's 1e-4 and the usual 5e-4 because nets this
     small underfit in so few epochs.
     """
-    return Recipe(name=f"resnet{depth}-cifar10", depth=depth)
+    kind = "plain" if shortcut == "plain" else "resnet"
+    return Recipe(name=f"{kind}{depth}-cifar10", depth=depth, shortcut=shortcut)
 
 
-RECIPES = {recipe.name: recipe for recipe in map(_short, (20, 32, 44, 56))}
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (*map(_short, (20, 32, 44, 56)), *(_short(depth, "plain") for depth in (20, 32, 44, 56)))
+}

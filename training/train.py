@@ -1,5 +1,6 @@
 """Train one recipe, from the start or from where it stopped.
 
+    python training/train.py --list                              # every recipe with its cost
     python training/train.py resnet20-cifar10 --data DIR         # DIR holds cifar-10-batches-bin or -py
     python training/train.py resnet20-cifar10 --data DIR         # again: goes on after the last finished epoch
 
@@ -25,11 +26,13 @@ from tqdm import tqdm
 from resnet_ensemble.training import augment, checkpoint, cifar10
 from resnet_ensemble.training.checkpoint import Checkpoint, Epoch
 from resnet_ensemble.training.files import write_atomically
-from resnet_ensemble.training.model import cifar
-from resnet_ensemble.training.recipes import RECIPES, Recipe
+from resnet_ensemble.training.model import multiply_adds, parameter_count
+from resnet_ensemble.training.recipes import RECIPES, Recipe, new_network
 from resnet_ensemble.training.views import mean_colour
 
 CROP = 32
+# Table 6, single view.
+PAPER_ERRORS = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97}
 EVALUATION_BATCH = 500
 
 
@@ -41,7 +44,7 @@ def train(recipe: Recipe, data: Path, folder: Path) -> Checkpoint:
     labels = torch.from_numpy(training.labels)
 
     torch.manual_seed(recipe.seed)
-    model = cifar(recipe.depth, classes=recipe.classes).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = new_network(recipe).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(model, recipe)
     path = folder / "checkpoint.safetensors"
     history: tuple[Epoch, ...] = ()
@@ -156,16 +159,33 @@ def _bf16(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16)
 
 
+def listing() -> str:
+    """Every recipe with what it costs and the error that the paper reached with its network."""
+    lines = [f"{'recipe':<18}{'parameters':>12}{'multiply-adds':>15}{'epochs':>8}{'paper, test error':>19}"]
+    for recipe in RECIPES.values():
+        made = new_network(recipe).eval()
+        paper = f"{PAPER_ERRORS[recipe.depth]:.2f} %" if recipe.shortcut == "A" else "not in a table"
+        cost = f"{parameter_count(made):>12,}{multiply_adds(made, CROP) / 1e6:>13.1f} M"
+        lines.append(f"{recipe.name:<18}{cost}{recipe.epochs:>8}{paper:>19}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("recipe", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
-    parser.add_argument("--data", type=Path, required=True, help="the folder with the official CIFAR-10 files")
+    parser.add_argument("recipe", nargs="?", choices=RECIPES, metavar="RECIPE", help=", ".join(RECIPES))
+    parser.add_argument("--list", action="store_true", help="print every recipe with its cost, and stop")
+    parser.add_argument("--data", type=Path, help="the folder with the official CIFAR-10 files")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="checkpoints go to OUT/RECIPE (default: runs)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     arguments = parser.parse_args()
+    if arguments.list:
+        print(listing())
+        return
+    if not arguments.recipe or not arguments.data:
+        parser.error("give a RECIPE and --data DIR, or --list")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     recipe = RECIPES[arguments.recipe]

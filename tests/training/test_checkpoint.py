@@ -7,7 +7,7 @@ import torch
 
 from resnet_ensemble.training import checkpoint
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch
-from resnet_ensemble.training.recipes import RECIPES
+from resnet_ensemble.training.recipes import RECIPES, Recipe
 
 RECIPE = RECIPES["resnet20-cifar10"]
 EPOCH = Epoch(1, 0.1, 2.0, 60.0, 55.0, 5000, 12.5)
@@ -48,6 +48,17 @@ def test_somebody_elses_safetensors_file_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         checkpoint.load(path)
+
+
+def test_a_checkpoint_older_than_a_recipe_s_field_has_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    safetensors.torch.save_file(
+        {"weights.w": torch.zeros(2)},
+        path,
+        {"resnet_ensemble": '{"format": 1, "recipe": {"name": "old", "depth": 20}, "history": []}'},
+    )
+
+    assert checkpoint.load(path).recipe == Recipe(name="old", depth=20)
 
 
 def test_a_recipe_with_other_fields_is_named(tmp_path: Path) -> None:
