@@ -89,15 +89,20 @@ class Classifier:
         """
         protocol = options.protocol or self._manifest.protocol
         sound = [content for content in contents if not isinstance(content, ApiError)]
-        jobs = iter(self._admit(protocol, len(sound)))
-        return await asyncio.gather(
-            *(
-                _passed(content)
-                if isinstance(content, ApiError)
-                else self._answer(next(jobs), content, protocol, options)
-                for content in contents
+        jobs = self._admit(protocol, len(sound))
+        following = iter(jobs)
+        try:
+            return await asyncio.gather(
+                *(
+                    _passed(content)
+                    if isinstance(content, ApiError)
+                    else self._answer(next(following), content, protocol, options)
+                    for content in contents
+                )
             )
-        )
+        finally:
+            for job in jobs:  # the task of a request that is cancelled early may never have reached its own release
+                self.scheduler.release(job)
 
     def check_admission(self) -> None:
         """Raise ApiError("overloaded") if a request that came now would be refused, before its body is read."""
