@@ -31,6 +31,7 @@ KINDS = {
     "unsupported_pixel_type": Kind(415, "The image's pixels can't be read as colours"),
     "corrupt_image": Kind(422, "The image is damaged or cut off"),
     "extreme_aspect_ratio": Kind(422, "The image is too long for its width"),
+    "too_many_scans": Kind(422, "The progressive JPEG has too many scans"),
     "invalid_option": Kind(422, "An option is unknown or has a wrong value"),
     "quota_exceeded": Kind(429, "This client has too many images in progress"),
     "internal_error": Kind(500, "The server failed"),

@@ -5,6 +5,7 @@ does with hostile bytes ends as an ApiError.
 """
 
 import io
+import re
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,6 +18,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 # Resizing the shorter side of a 1 x 60,000 image to 256 pixels would make a 15 million pixel wide one.
 MAX_ASPECT_RATIO = 100
+# A progressive JPEG of few bytes can make a decoder pass over all its pixels thousands of times. Encoders write ten
+# scans or so.
+MAX_JPEG_SCANS = 64
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # in a scan's data 0xff is followed by 0x00 or a restart marker
 _BACKGROUND = (255, 255, 255)
 
 # Pillow's own limit only warns, per process; `decode` refuses on the caller's limit, before decoding.
@@ -29,6 +35,7 @@ def decode(content: bytes, *, max_pixels: int) -> Image.Image:
         raise ApiError("empty_image", "the image has 0 bytes")
     image = _open(content)
     _check_size(image.size, max_pixels)
+    _check_scans(image, content)
     try:
         image.load()
         return _to_rgb(_upright(image))
@@ -60,6 +67,23 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
             "extreme_aspect_ratio",
             f"the image is {width} x {height}; one side may be {MAX_ASPECT_RATIO} times the other",
         )
+
+
+def _check_scans(image: Image.Image, content: bytes) -> None:
+    if image.format not in ("JPEG", "MPO") or content.count(bytes((0xFF, _START_OF_SCAN))) <= MAX_JPEG_SCANS:
+        return  # metadata and appended videos hold these two bytes by chance, so more of them are looked at closely
+    scans = _count_scans(content)
+    if scans > MAX_JPEG_SCANS:
+        raise ApiError("too_many_scans", f"the JPEG has {scans} scans; at most {MAX_JPEG_SCANS} are allowed")
+
+
+def _count_scans(jpeg: bytes) -> int:
+    """Scans of the first picture: its segments are walked by their lengths, its scans' data by their markers."""
+    scans, position = 0, 2
+    while (marker := _MARKER.search(jpeg, position)) and marker[1][0] != _END_OF_IMAGE:
+        scans += marker[1][0] == _START_OF_SCAN
+        position = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
+    return scans
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -207,6 +207,16 @@ def test_a_line_is_refused_before_resizing_makes_it_huge() -> None:
     assert refusal(encode(Image.new("RGB", (MAX_ASPECT_RATIO + 1, 1)))).code == "extreme_aspect_ratio"
 
 
+def test_a_progressive_jpeg_is_read_but_not_one_of_a_thousand_scans() -> None:
+    progressive = encode(picture((200, 200)), "JPEG", progressive=True)
+    start = progressive.rindex(b"\xff\xda")
+    last_scan = progressive[start:-2]
+
+    assert decoded(progressive).shape == (200, 200, 3)
+    assert decoded(progressive + b"\xff\xda" * 1000).shape == (200, 200, 3)  # a phone's video after the picture
+    assert refusal(progressive[:-2] + last_scan * 1000 + b"\xff\xd9").code == "too_many_scans"
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_whatever_the_bytes_the_answer_is_an_image_or_a_typed_refusal(data: st.DataObject) -> None:
