@@ -1,0 +1,58 @@
+"""Draw training and validation error against epochs, as in the paper's Figures 4 and 6.
+
+    python training/plot.py training/results/resnet20-cifar10.csv training/results/resnet32-cifar10.csv --out errors.png
+
+Thin lines are training error (on augmented images, while the weights change), bold ones validation error.
+"""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from resnet_ensemble.training.files import write_atomically
+
+Log = dict[str, list[float]]
+
+
+def read(path: Path) -> Log:
+    """The columns of a log that training/train.py wrote."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in ("epoch", "train_error", "val_error")}
+
+
+def draw(logs: dict[str, Log], highest_error: float) -> bytes:
+    """A PNG with two lines a log; the error axis ends at `highest_error` %."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, log in logs.items():
+        (bold,) = axes.plot(
+            log["epoch"], log["val_error"], linewidth=2.2, label=f"{name}: {log['val_error'][-1]:.2f} %"
+        )
+        axes.plot(log["epoch"], log["train_error"], linewidth=0.8, color=bold.get_color())
+    axes.set(xlabel="epoch", ylabel="error (%)", ylim=(0, highest_error), xlim=(1, None))
+    axes.grid(visible=True, linewidth=0.3)
+    axes.legend(title="bold: validation, thin: training")
+    content = io.BytesIO()
+    # Without the software's version in the file, the same logs give the same bytes.
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    return content.getvalue()
+
+
+def main() -> None:
+    """Parse the command line and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="log.csv files; the names become the legend")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--highest", type=float, default=25.0, help="end of the error axis in %% (default: 25)")
+    arguments = parser.parse_args()
+    names = [log.parent.name if log.stem == "log" else log.stem for log in arguments.logs]
+    drawn = draw(dict(zip(names, map(read, arguments.logs), strict=True)), arguments.highest)
+    write_atomically(arguments.out, drawn)
+
+
+if __name__ == "__main__":
+    main()
