@@ -68,8 +68,8 @@ class Graph(nn.Module):
 def preprocessing_of(saved: Checkpoint) -> Preprocessing:
     """How the checkpoint's network wants to see a picture: 32 pixels, and half of training's padding around them.
 
-    Corner crops of the whole padding are the rarest views of training. ResNet-20's 10-crop error on the 5,000
-    validation images was 7.70, 7.66, 7.88 and 8.20 % with 1, 2, 3 and 4 pixels; `center` sees no padding.
+    Corner crops of the whole padding are the rarest views of training. A ResNet-20 of 30 epochs had a 10-crop error
+    of 7.70, 7.66, 7.88 and 8.20 % on the 5,000 validation images with 1, 2, 3 and 4 pixels.
     """
     recipe = saved.recipe
     return Preprocessing(resize=32, crop=32, padding=recipe.padding // 2, mean=recipe.mean, std=recipe.std)

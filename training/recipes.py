@@ -13,12 +13,12 @@ class Recipe:
     depth: int
     classes: int = 10
     shortcut: Shortcut = "A"  # or "plain": the same network without shortcuts
-    epochs: int = 30
+    epochs: int = 40
     batch_size: int = 128
     peak_learning_rate: float = 0.2
     warm_up: float = 0.15  # share of all steps
     momentum: float = 0.9
-    weight_decay: float = 3e-4  # of convolution and linear weights only
+    weight_decay: float = 5e-4  # of convolution and linear weights only
     padding: int = 4  # pixels on each side before a random crop of 32, as in the paper
     # Per-channel mean and standard deviation of the 45,000 training images, in units of 0 to 1.
     mean: tuple[float, float, float] = (0.49155, 0.48213, 0.44643)
@@ -31,18 +31,25 @@ def new_network(recipe: Recipe) -> ResNet:
     return cifar(recipe.depth, classes=recipe.classes, shortcut=recipe.shortcut)
 
 
-def _short(depth: int, shortcut: Shortcut = "A") -> Recipe:
-    """The paper's data and augmentation under a one-cycle schedule: 30 epochs instead of its 182.
+def _short(depth: int, shortcut: Shortcut = "A", *, epochs: int = 40, weight_decay: float = 5e-4) -> Recipe:
+    """The paper's data and augmentation under a one-cycle schedule with Nesterov momentum, instead of its 182 epochs.
 
-    Linear warm-up and linear decay to zero with Nesterov momentum reach in 30 epochs what the paper's step schedule
-    reaches in about a hundred; the weight decay is between the paper's 1e-4 and the usual 5e-4 because nets this
-    small underfit in so few epochs.
+    Measured on the 5,000 validation images: ResNet-20 reached 9.20 % in 30 epochs with a weight decay of 3e-4, and
+    7.84 % in 40 with 5e-4.
     """
     kind = "plain" if shortcut == "plain" else "resnet"
-    return Recipe(name=f"{kind}{depth}-cifar10", depth=depth, shortcut=shortcut)
+    return Recipe(
+        name=f"{kind}{depth}-cifar10", depth=depth, shortcut=shortcut, epochs=epochs, weight_decay=weight_decay
+    )
 
 
 RECIPES = {
     recipe.name: recipe
-    for recipe in (*map(_short, (20, 32, 44, 56)), *(_short(depth, "plain") for depth in (20, 32, 44, 56)))
+    for recipe in (
+        _short(20),
+        _short(32, epochs=30, weight_decay=3e-4),  # what made the shipped member
+        _short(44),
+        _short(56),
+        *(_short(depth, "plain") for depth in (20, 32, 44, 56)),
+    )
 }

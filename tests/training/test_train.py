@@ -103,7 +103,7 @@ def test_the_list_names_every_recipe_with_its_cost() -> None:
     lines = train.listing().splitlines()[1:]
 
     assert [line.split()[0] for line in lines] == list(RECIPES)
-    assert lines[0].split() == ["resnet20-cifar10", "269,722", "40.6", "M", "30", "8.75", "%"]
+    assert lines[0].split() == ["resnet20-cifar10", "269,722", "40.6", "M", "40", "8.75", "%"]
 
 
 def test_a_plain_recipe_trains_the_network_without_shortcuts(tmp_path: Path) -> None:
