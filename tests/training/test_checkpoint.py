@@ -61,6 +61,14 @@ def test_a_checkpoint_older_than_a_recipe_s_field_has_its_default(tmp_path: Path
     assert checkpoint.load(path).recipe == Recipe(name="old", depth=20)
 
 
+def test_another_format_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    safetensors.torch.save_file({"weights.w": torch.zeros(2)}, path, {"resnet_ensemble": '{"format": 2}'})
+
+    with pytest.raises(CheckpointError, match="checkpoint format 2; this version reads 1"):
+        checkpoint.load(path)
+
+
 def test_a_recipe_with_other_fields_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     header = '{"format": 1, "recipe": {"name": "x", "dropout": 0.5}, "history": []}'  # no network of ours has dropout

@@ -67,15 +67,18 @@ def test_shortcut_options_differ_by_their_projections(option: Shortcut, count: i
     assert parameter_count(imagenet(34, shortcut=option)) == count
 
 
-@pytest.mark.parametrize("network", [imagenet(18), imagenet(50), cifar(20)], ids=["18", "50", "cifar20"])
-def test_depth_counts_the_weighted_layers_without_projections(network: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("network", "depth"),
+    [(imagenet(18), 18), (imagenet(50), 50), (imagenet(152), 152), (cifar(20), 20)],
+)
+def test_depth_counts_the_weighted_layers_without_projections(network: nn.Module, depth: int) -> None:
     layers = [
         name
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear) and "downsample" not in name
     ]
 
-    assert len(layers) in (18, 50, 20)
+    assert len(layers) == depth
 
 
 @pytest.mark.parametrize("plain", [imagenet(34, shortcut="plain"), cifar(20, shortcut="plain")])

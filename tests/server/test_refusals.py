@@ -1,0 +1,200 @@
+"""Every answer of the HTTP interface that is not a prediction."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from numpy.typing import NDArray
+
+from resnet_ensemble.export.engines.fake import FakeEngine
+from resnet_ensemble.server.errors import KINDS
+
+Png = Callable[..., bytes]
+Serve = Callable[..., Any]
+RAW = {"Content-Type": "image/png"}
+
+
+def assert_problem(response: Any, code: str) -> dict[str, Any]:
+    """An RFC 9457 document of the code, with the status that the table has for it."""
+    body: dict[str, Any] = response.json()
+    assert response.headers["content-type"] == "application/problem+json"
+    assert (body["code"], body["status"]) == (code, response.status_code) == (code, KINDS[code].status)
+    assert body["type"] == f"urn:resnet-ensemble:problem:{code}"
+    assert body["title"]
+    assert body["detail"]
+    assert body["request_id"] == response.headers["x-request-id"]
+    return body
+
+
+class Gate:
+    """Makes fake engines that, once held, wait until the gate is opened."""
+
+    def __init__(self, **options: Any) -> None:
+        self.open, self.entered, self.options = threading.Event(), threading.Event(), options
+        self.open.set()
+
+    def __call__(self, classes: int) -> FakeEngine:
+        gate = self
+
+        class Gated(FakeEngine):
+            def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
+                gate.entered.set()
+                assert gate.open.wait(10)
+                return super().run(views)
+
+        return Gated(classes, **self.options)
+
+    def hold(self, send: Callable[[], "Future[Any]"]) -> "Future[Any]":
+        """Close the gate, send a request, and wait until an engine has it."""
+        self.open.clear()
+        self.entered.clear()
+        request = send()
+        assert self.entered.wait(10)
+        return request
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"", "empty_image"), (b"no image", "unsupported_image_format"), (b"BM" + b"\0" * 40, "corrupt_image")],
+)
+def test_a_bad_image_is_answered_with_a_problem(client: TestClient, content: bytes, code: str) -> None:
+    assert_problem(client.post("/predict", content=content, headers=RAW), code)
+    assert_problem(client.post("/predict", files={"image": ("x", content)}), code)
+
+
+def test_another_path_is_not_found(client: TestClient) -> None:
+    assert_problem(client.get("/nothing"), "not_found")
+
+
+def test_another_method_is_told_which_are_allowed(client: TestClient) -> None:
+    response = client.get("/predict")
+
+    assert_problem(response, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "application/x-www-form-urlencoded"])
+def test_another_content_type_is_told_how_to_send_an_image(client: TestClient, png: Png, content_type: str) -> None:
+    problem = assert_problem(
+        client.post("/predict", content=png(), headers={"Content-Type": content_type}), "unsupported_media_type"
+    )
+
+    assert "curl -F image=@cat.jpg" in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": "0"}, {"top_k": "1001"}, {"top_k": "many"}, {"protocol": "11crop"}, {"topk": "3"}],
+    ids=str,
+)
+def test_a_wrong_option_is_named_wherever_it_is_given(client: TestClient, png: Png, options: dict[str, str]) -> None:
+    (name,) = options
+
+    for response in (
+        client.post("/predict", params=options, content=png(), headers=RAW),
+        client.post("/predict", files={"image": png()}, data=options),
+    ):
+        assert name in assert_problem(response, "invalid_option")["detail"]
+
+
+def test_an_option_in_the_query_counts_over_one_in_the_form(client: TestClient, png: Png) -> None:
+    both = client.post("/predict", params={"top_k": 1}, files={"image": png()}, data={"top_k": "2"})
+
+    assert len(both.json()["top"]) == 1
+
+
+def test_an_option_given_twice_in_the_form_is_refused(client: TestClient, png: Png) -> None:
+    assert_problem(client.post("/predict", files={"image": png()}, data={"top_k": ["1", "2"]}), "invalid_option")
+
+
+def test_a_form_without_an_image_is_told_its_name(client: TestClient, png: Png) -> None:
+    assert_problem(client.post("/predict", files={"image": (None, "cat.jpg")}), "missing_image")
+    assert "'image'" in assert_problem(client.post("/predict", files={"file": png()}), "invalid_option")["detail"]
+    boundary = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert_problem(client.post("/predict", content=b"--x--\r\n", headers=boundary), "missing_image")
+
+
+@pytest.mark.parametrize("header", ["multipart/form-data", "multipart/form-data; boundary=x"])
+def test_a_malformed_form_is_refused(client: TestClient, header: str) -> None:
+    assert_problem(
+        client.post("/predict", content=b"not a form", headers={"Content-Type": header}), "malformed_request"
+    )
+
+
+def test_too_many_images_are_refused(serve: Serve, png: Png) -> None:
+    with serve(max_images_per_request=2) as client:
+        assert_problem(client.post("/predict", files=[("image", png())] * 3), "too_many_images")
+        assert client.post("/predict", files=[("image", png())] * 2).status_code == 200
+
+
+def test_an_image_with_too_many_bytes_fails_alone(serve: Serve, png: Png) -> None:
+    with serve(max_image_bytes=200) as client:
+        large = png(0, (500, 500), "BMP")
+        assert_problem(client.post("/predict", content=large, headers=RAW), "image_too_large")
+        results = client.post("/predict", files=[("image", large), ("image", png())]).json()["results"]
+
+    assert [r["problem"] and r["problem"]["code"] for r in results] == ["image_too_large", None]
+
+
+def test_a_request_that_announces_too_many_bytes_is_refused_unread(serve: Serve) -> None:
+    with serve(max_image_bytes=100, max_request_bytes=1000) as client:
+        assert_problem(client.post("/predict", content=b"x" * 1001, headers=RAW), "request_too_large")
+
+
+def test_a_request_that_streams_too_many_bytes_is_refused(serve: Serve) -> None:
+    def endless() -> Any:
+        for _ in range(50):
+            yield b"x" * 100
+
+    with serve(max_image_bytes=100, max_request_bytes=1000) as client:
+        assert_problem(client.post("/predict", content=endless(), headers=RAW), "request_too_large")
+
+
+def test_too_many_pixels_are_refused(serve: Serve, png: Png) -> None:
+    with serve(max_image_pixels=100) as client:
+        assert_problem(client.post("/predict", content=png(0, (11, 10)), headers=RAW), "too_many_pixels")
+
+
+def test_a_client_above_its_quota_is_refused(serve: Serve, png: Png) -> None:
+    gate = Gate()
+    with serve(gate, max_images_per_client=2, max_images_per_request=2) as client, ThreadPoolExecutor() as pool:
+        first = gate.hold(lambda: pool.submit(client.post, "/predict", files=[("image", png())] * 2))
+        response = client.post("/predict", content=png(), headers=RAW)
+        gate.open.set()
+
+        assert_problem(response, "quota_exceeded")
+        assert response.headers["retry-after"] == "1"
+        assert first.result().status_code == 200
+        assert client.post("/predict", content=png(), headers=RAW).status_code == 200
+
+
+def test_an_overloaded_server_says_when_to_come_back(serve: Serve, png: Png) -> None:
+    gate = Gate(seconds_per_view=0.002)
+    with serve(gate, streams=1, max_wait_seconds=0.02) as client, ThreadPoolExecutor() as pool:
+        first = gate.hold(lambda: pool.submit(client.post, "/predict", files=[("image", png())] * 5))
+        response = client.post("/predict", content=png(), headers=RAW)
+        gate.open.set()
+
+        assert_problem(response, "overloaded")
+        assert int(response.headers["retry-after"]) >= 1
+        assert first.result().status_code == 200
+        assert client.post("/predict", content=png(), headers=RAW).status_code == 200
+
+
+def test_an_unexpected_failure_is_a_problem_without_internals(
+    serve: Serve, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    with serve() as client:
+        monkeypatch.setattr("resnet_ensemble.server.ensemble.average", fail)
+        response = client.post("/predict", content=png(), headers=RAW)
+        assert_problem(response, "internal_error")
+        assert "secret" not in response.text
+        monkeypatch.undo()
+        assert client.post("/predict", content=png(), headers=RAW).status_code == 200
