@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from resnet_ensemble.export import drawings, engines
 from resnet_ensemble.export.bundle import Bundle, Golden, Manifest, Measured, Member, write
-from resnet_ensemble.training import checkpoint, cifar10
+from resnet_ensemble.training import checkpoint, cifar
 from resnet_ensemble.training.checkpoint import Checkpoint
 from resnet_ensemble.training.model import parameter_count
 from resnet_ensemble.training.recipes import new_network
@@ -41,6 +42,7 @@ PROTOCOL = "10crop"
 # (batch, height, width) at which the exported graph must agree with torch.
 CHECKED_SHAPES = ((1, 32, 32), (5, 32, 32), (3, 40, 33), (2, 47, 64), (1, 224, 224))
 TOLERANCE = 1e-4
+TITLES = {"imagenet": "ImageNet"} | {name: dataset.title for name, dataset in cifar.DATASETS.items()}
 
 
 class ExportError(Exception):
@@ -48,31 +50,28 @@ class ExportError(Exception):
 
 
 class Graph(nn.Module):
-    """uint8 (n, h, w, 3) → float32 (n, classes) probabilities."""
+    """uint8 (n, h, w, 3) → float32 (n, classes) probabilities.
+
+    A mean image, if the network was trained with one, is resized to the views.
+    """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing, mean_image: Tensor | None = None) -> None:
         super().__init__()
         self.network = network
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))
-        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
+        image = mean.expand(1, 1, 3) if mean_image is None else mean_image
+        self.register_buffer("shift", (-image / std).permute(2, 0, 1)[None].contiguous())  # (1, 3, h or 1, w or 1)
 
     def forward(self, views: Tensor) -> Tensor:
         x = views.permute(0, 3, 1, 2).float()  # (n, 3, h, w)
-        return torch.softmax(self.network(x * self.scale + self.shift), dim=1)  # (n, classes)
-
-
-def preprocessing_of(saved: Checkpoint) -> Preprocessing:
-    """How the checkpoint's network wants to see a picture: 32 pixels, and half of training's padding around them.
-
-    Corner crops of the whole padding are the rarest views of training. A ResNet-20 of 30 epochs had a 10-crop error
-    of 7.70, 7.66, 7.88 and 8.20 % on the 5,000 validation images with 1, 2, 3 and 4 pixels.
-    """
-    recipe = saved.recipe
-    return Preprocessing(resize=32, crop=32, padding=recipe.padding // 2, mean=recipe.mean, std=recipe.std)
+        shift = self.shift
+        if shift.shape[-1] > 1:
+            shift = F.interpolate(shift, size=x.shape[2:], mode="bilinear", align_corners=False)
+        return torch.softmax(self.network(x * self.scale + shift), dim=1)  # (n, classes)
 
 
 def network_of(saved: Checkpoint) -> nn.Module:
@@ -111,6 +110,7 @@ def to_onnx(graph: Graph) -> bytes:
 
 def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str) -> Bundle:
     """Write a bundle with one member a checkpoint."""
+    labels = _labels(checkpoints)
     pictures = drawings.pictures()
     files = {f"golden/{title}.png": content for title, content in pictures.items()}
     members: list[Member] = []
@@ -118,10 +118,10 @@ def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str
     for saved in tqdm(checkpoints, "export", unit="member", disable=None):
         if not saved.finished:
             raise ExportError(f"{saved.recipe.name} is not trained to its last epoch; run training/train.py again")
-        trained, preprocessing = network_of(saved), preprocessing_of(saved)
-        graph = Graph(trained, preprocessing).eval()
+        trained, seen = network_of(saved), saved.recipe.preprocessing
+        graph = Graph(trained, seen, saved.mean_image).eval()
         content = to_onnx(graph)
-        title = f"resnet{saved.recipe.depth}"
+        title = saved.recipe.network
         file = f"members/{title}.onnx"
         files[file] = content
         members.append(
@@ -130,19 +130,19 @@ def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str
                 file=file,
                 sha256=hashlib.sha256(content).hexdigest(),
                 parameters=parameter_count(trained),
-                preprocessing=preprocessing,
+                preprocessing=seen,
                 recipe=asdict(saved.recipe),
                 measured=(_validation(saved),),
             )
         )
         for picture, png in pictures.items():
-            expected[picture][title] = _expect(graph, png, preprocessing)
+            expected[picture][title] = _expect(graph, png, seen)
     manifest = Manifest(
         format=1,
         name=name,
         version=version,
         protocol=PROTOCOL,
-        labels=cifar10.LABELS,
+        labels=labels,
         members=tuple(members),
         golden_protocol=PROTOCOL,
         golden_tolerance=TOLERANCE,
@@ -156,7 +156,7 @@ def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str
         ),
         measured=(),
         provenance={
-            "weights": "trained by this project on the first 45,000 CIFAR-10 training images; MIT",
+            "weights": f"trained by this project on {TITLES[checkpoints[0].recipe.dataset]}'s training images; MIT",
             "golden": "drawn by export/drawings.py; probabilities by torch in float32",
             "torch": torch.__version__,
             "onnx": importlib.metadata.version("onnx"),
@@ -211,16 +211,24 @@ def _compare(content: bytes, graph: Graph) -> None:
 
 
 @torch.inference_mode()
-def _expect(graph: Graph, png: bytes, preprocessing: Preprocessing) -> tuple[float, ...]:
-    views = make_views(Image.open(io.BytesIO(png)).convert("RGB"), preprocessing, PROTOCOL)
+def _expect(graph: Graph, png: bytes, seen: Preprocessing) -> tuple[float, ...]:
+    views = make_views(Image.open(io.BytesIO(png)).convert("RGB"), seen, PROTOCOL)
     mean: NDArray[np.float64] = graph(torch.from_numpy(views)).double().mean(0).numpy()
     return tuple(round(float(value), 7) for value in mean)
+
+
+def _labels(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
+    """The labels that all of them have."""
+    found = {saved.labels or cifar.DATASETS[saved.recipe.dataset].labels for saved in checkpoints}
+    if len(found) != 1:
+        raise ExportError("the networks have different labels, so they are no ensemble")
+    return found.pop()
 
 
 def _validation(saved: Checkpoint) -> Measured:
     last = saved.history[-1]
     return Measured(
-        dataset="CIFAR-10",
+        dataset=TITLES[saved.recipe.dataset],
         split="val",
         protocol="center",
         images=last.val_images,

@@ -3,7 +3,7 @@
     python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA                 # every protocol
     python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA --record       # and write it into bundle.json
 
-DATA holds CIFAR-10's official files (`--split val` or `test`), or one folder of images for each label. Prints the
+DATA holds CIFAR's official files (`--split val` or `test`), or one folder of images for each label. Prints the
 top-1 error of the ensemble and of each member with its 95 % Wilson interval, and images per second.
 """
 
@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import io
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +27,8 @@ from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.schemas import Options, Prediction
 from resnet_ensemble.server.settings import Settings
-from resnet_ensemble.training import cifar10
+from resnet_ensemble.training import cifar
+from resnet_ensemble.training.accuracy import wilson
 from resnet_ensemble.training.views import PROTOCOLS
 
 IN_FLIGHT = 64
@@ -45,17 +45,18 @@ class Score:
     images_per_second: float
 
 
-def read(data: Path, split: str, labels: tuple[str, ...]) -> tuple[str, list[tuple[bytes, int]]]:
+def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, list[tuple[bytes, int]]]:
     """The data set's name, and its encoded images with their labels. Raises DataError."""
     folders = {label: data / label for label in labels if (data / label).is_dir()}
     if folders:
         files = [(file, labels.index(label)) for label, folder in folders.items() for file in sorted(folder.iterdir())]
         return data.name, [(file.read_bytes(), index) for file, index in files]
-    chosen = cifar10.read(data, split)
-    if labels != cifar10.LABELS:
-        raise cifar10.DataError("the bundle's labels are not those of CIFAR-10")
+    dataset = next((known for known in cifar.DATASETS.values() if known.labels == labels), None)
+    if dataset is None:
+        raise cifar.DataError(f"no folder in {data} is named like a label of the bundle ({', '.join(labels[:3])}, ...)")
+    chosen = cifar.read(data, split, dataset)
     pairs = zip(chosen.images, chosen.labels, strict=True)
-    return "CIFAR-10", [(_png(Image.fromarray(pixels)), int(label)) for pixels, label in pairs]
+    return dataset.title, [(_png(Image.fromarray(pixels)), int(label)) for pixels, label in pairs]
 
 
 async def evaluate(classifier: Classifier, examples: list[tuple[bytes, int]], protocol: str) -> Score:
@@ -81,15 +82,6 @@ async def evaluate(classifier: Classifier, examples: list[tuple[bytes, int]], pr
     names = [member.name for member in classifier.bundle.manifest.members]
     members = dict(zip(names, errors[1:], strict=True))
     return Score(protocol, len(examples), errors[0], members, len(examples) / seconds)
-
-
-def wilson(error: float, images: int) -> tuple[float, float]:
-    """The 95 % Wilson interval, in %, of an error in % measured on so many images."""
-    z, p = 1.959964, error / 100
-    centre = p + z * z / (2 * images)
-    half = z * math.sqrt(p * (1 - p) / images + z * z / (4 * images * images))
-    scale = 100 / (1 + z * z / images)
-    return max(0.0, scale * (centre - half)), min(100.0, scale * (centre + half))
 
 
 def table(scores: list[Score]) -> str:
@@ -151,8 +143,8 @@ def main() -> None:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="the bundle's folder")
-    parser.add_argument("data", type=Path, help="CIFAR-10's official files, or one folder of images a label")
-    parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="of CIFAR-10 (default: val)")
+    parser.add_argument("data", type=Path, help="CIFAR's official files, or one folder of images a label")
+    parser.add_argument("--split", default="val", choices=cifar.SPLITS, help="of CIFAR (default: val)")
     parser.add_argument("--protocol", action="append", choices=list(PROTOCOLS), help="default: every protocol")
     parser.add_argument("--record", action="store_true", help="write the result into bundle.json")
     arguments = parser.parse_args()
@@ -165,7 +157,7 @@ def main() -> None:
         dataset, examples = read(arguments.data, arguments.split, manifest.labels)
         protocols = arguments.protocol or list(PROTOCOLS)
         scores = [asyncio.run(evaluate(classifier, examples, protocol)) for protocol in protocols]
-    except (BundleError, BackendUnavailable, cifar10.DataError, ApiError) as problem:
+    except (BundleError, BackendUnavailable, cifar.DataError, ApiError) as problem:
         sys.exit(f"evaluate: {problem}")
     classifier.close()
     print(f"{classifier.bundle.identity} on {dataset} {arguments.split}, n = {len(examples)}, top-1 error\n")

@@ -1,7 +1,16 @@
-"""The paper's CIFAR augmentation and the one-cycle schedule, as functions of what they are given."""
+"""Augmentation and normalisation of batches, as functions of what they are given."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
+
+# Eigenvalues and eigenvectors (columns) of the RGB covariance of ImageNet's training pixels, in units of 0 to 1:
+# fb.resnet.torch, after AlexNet's section 4.1.
+COLOUR_VALUES = (0.2175, 0.0188, 0.0045)
+COLOUR_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+COLOUR_DEVIATION = 0.1
 
 
 def pad(images: Tensor, padding: int, fill: tuple[int, int, int]) -> Tensor:
@@ -15,28 +24,47 @@ def pad(images: Tensor, padding: int, fill: tuple[int, int, int]) -> Tensor:
     return padded
 
 
-def random_crops(padded: Tensor, indices: Tensor, crop: int, generator: torch.Generator) -> Tensor:
-    """A random crop of each chosen image or of its mirror: uint8 (len(indices), crop, crop, 3).
+def random_windows(count: int, size: int, crop: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows (count, crop) and columns (count, crop) of random crops of size x size pictures or of their mirrors.
 
-    One gather does it: a mirrored crop reads its columns backwards.
+    A mirrored crop reads its columns backwards, so that one gather does both.
     """
-    n = len(indices)
-    top = torch.randint(padded.shape[1] - crop + 1, (n, 1), generator=generator)
-    left = torch.randint(padded.shape[2] - crop + 1, (n, 1), generator=generator)
-    mirrored = torch.randint(2, (n, 1), generator=generator, dtype=torch.bool)
+    top = torch.randint(size - crop + 1, (count, 1), generator=generator)
+    left = torch.randint(size - crop + 1, (count, 1), generator=generator)
+    mirrored = torch.randint(2, (count, 1), generator=generator, dtype=torch.bool)
     steps = torch.arange(crop)
-    rows = top + steps  # (n, crop)
-    columns = left + torch.where(mirrored, crop - 1 - steps, steps)  # (n, crop)
+    return top + steps, left + torch.where(mirrored, crop - 1 - steps, steps)
+
+
+def cut(padded: Tensor, indices: Tensor, windows: tuple[Tensor, Tensor]) -> Tensor:
+    """The window of each chosen picture: (len(indices), crop, crop, 3)."""
+    rows, columns = windows
     return padded[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 (n, h, w, 3) to float (n, 3, h, w) in channels_last order, without a copy to reorder."""
-    mean_, std_ = torch.tensor(mean, device=images.device), torch.tensor(std, device=images.device)
-    return images.float().div_(255).sub_(mean_).div_(std_).permute(0, 3, 1, 2)
+def colour_shift(count: int, generator: torch.Generator) -> Tensor:
+    """AlexNet's colour augmentation: what to subtract from the pixels of each of `count` pictures: (count, 1, 1, 3)."""
+    strength = torch.randn((count, 3), generator=generator) * COLOUR_DEVIATION
+    return ((strength * torch.tensor(COLOUR_VALUES)) @ torch.tensor(COLOUR_VECTORS).T)[:, None, None, :]
 
 
-def one_cycle(step: int, *, steps: int, peak: float, warm_up: float) -> float:
-    """Learning rate at `step` of `steps`: linear to `peak` over the share `warm_up`, then linear to zero."""
-    rising = warm_up * steps
-    return peak * min(1.0, (step + 1) / rising, (steps - step) / (steps - rising))
+def area_crop(crop: int) -> v2.Transform:
+    """A random part of a picture, 8 to 100 % of its area, as a square or its mirror: torchvision's usual training."""
+    return v2.Compose([v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip()])
+
+
+def scale_crop(crop: int, lowest: int, highest: int) -> v2.Transform:
+    """The paper's, after VGG: the shorter side between `lowest` and `highest`, then a random crop or its mirror."""
+    resize = v2.RandomShortestSize(list(range(lowest, highest + 1)), antialias=True)
+    return v2.Compose([resize, v2.RandomCrop(crop), v2.RandomHorizontalFlip()])
+
+
+def normalise(images: Tensor, shifts: Sequence[Tensor], std: tuple[float, ...]) -> Tensor:
+    """uint8 (n, h, w, 3) to float (n, 3, h, w) in channels_last order, without a copy to reorder.
+
+    `shifts` are subtracted, in units of 0 to 1: a mean colour (3,), a mean image (h, w, 3), or something for each.
+    """
+    units = images.float().div_(255)
+    for shift in shifts:
+        units.sub_(shift.to(images.device, non_blocking=True))
+    return units.div_(torch.tensor(std, device=images.device)).permute(0, 3, 1, 2)

@@ -34,21 +34,55 @@ class Epoch:
     val_error: float
     val_images: int
     seconds: float
+    val_top5_error: float | None = None
+    waited: float | None = None  # seconds of these in which the loop waited for the loader
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is in its current epoch, and what the log's next line has added up to so far."""
+
+    steps: int = 0  # of the epoch
+    loss_sum: float = 0.0
+    wrong: float = 0.0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made a checkpoint, beside its recipe."""
+
+    code: str = ""  # revision
+    data: str = ""  # SHA-256
+    torch: str = ""
+    device: str = ""
+    precision: str = ""
+    processes: int = 1
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`weights`: the model's state dict. `momentum`: the optimizer's buffers by parameter name."""
+    """A network and where its training stands.
+
+    - weights: the state dict that is evaluated and exported; an average, if the recipe keeps one
+    - momentum: the optimizer's buffers by parameter name
+    - trained: the state dict that training goes on with, if `weights` is an average of such
+    - mean_image: float (h, w, 3) in 0 to 1, if the recipe subtracts one
+    - loss_scale: of fp16
+    """
 
     recipe: Recipe
     weights: dict[str, Tensor]
     momentum: dict[str, Tensor] = field(default_factory=dict)
     history: tuple[Epoch, ...] = ()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the recipe's last epoch is done."""
-        return len(self.history) >= self.recipe.epochs
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    mean_image: Tensor | None = None
+    labels: tuple[str, ...] = ()
+    progress: Progress = Progress()
+    origin: Origin = Origin()
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -57,15 +91,25 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "format": FORMAT,
         "recipe": asdict(checkpoint.recipe),
         "history": [asdict(epoch) for epoch in checkpoint.history],
+        "labels": checkpoint.labels,
+        "progress": asdict(checkpoint.progress),
+        "origin": asdict(checkpoint.origin),
+        "loss_scale": checkpoint.loss_scale,
+        "finished": checkpoint.finished,
     }
     tensors = {f"weights.{name}": tensor for name, tensor in checkpoint.weights.items()}
     tensors |= {f"momentum.{name}": tensor for name, tensor in checkpoint.momentum.items()}
+    tensors |= {f"trained.{name}": tensor for name, tensor in checkpoint.trained.items()}
+    if checkpoint.mean_image is not None:
+        tensors["mean_image"] = checkpoint.mean_image
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(path, safetensors.torch.save(contiguous, metadata={"resnet_ensemble": json.dumps(about)}))
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and check a checkpoint. Raises CheckpointError."""
+    """Read and check a checkpoint: a file, or the folder of a run, which means its last one. Raises CheckpointError."""
+    if path.is_dir():
+        path /= "checkpoint.safetensors"
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; make one with: python training/train.py RECIPE --data DIR")
     try:
@@ -79,11 +123,20 @@ def load(path: Path) -> Checkpoint:
     about = json.loads(header)
     if about["format"] != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {about['format']}; this version reads {FORMAT}")
+    recipe = _recipe(about["recipe"], path)
+    history = tuple(Epoch(**epoch) for epoch in about["history"])
     return Checkpoint(
-        recipe=_recipe(about["recipe"], path),
+        recipe=recipe,
         weights=_with_prefix(tensors, "weights."),
         momentum=_with_prefix(tensors, "momentum."),
-        history=tuple(Epoch(**epoch) for epoch in about["history"]),
+        history=history,
+        trained=_with_prefix(tensors, "trained."),
+        mean_image=tensors.get("mean_image"),
+        labels=tuple(about.get("labels", ())),
+        progress=Progress(**about.get("progress", {})),
+        origin=Origin(**about.get("origin", {})),
+        loss_scale=about.get("loss_scale", {}),
+        finished=about.get("finished", len(history) >= recipe.epochs),
     )
 
 

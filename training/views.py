@@ -36,6 +36,26 @@ PROTOCOLS: dict[str, tuple[View, ...]] = {
 
 
 @dataclass(frozen=True)
+class WholeView:
+    """One test-time input for the fully convolutional network: the whole resized image, or its mirror.
+
+    `scale` is the shorter side in quanta (`Preprocessing.quantum`); None: the member's own `resize`.
+    """
+
+    scale: int | None = None
+    mirrored: bool = False
+
+
+# The paper's Table 4: shorter side 224, 256, 384, 480, 640 for a crop of 224, whose quantum is 32.
+SCALES = (7, 8, 12, 15, 20)
+DENSE_PROTOCOLS: dict[str, tuple[WholeView, ...]] = {
+    "dense": tuple(WholeView(None, mirrored) for mirrored in (False, True)),
+    "multiscale": tuple(WholeView(scale, mirrored) for scale in SCALES for mirrored in (False, True)),
+}
+LONGEST = 2  # times the shorter side; of an even longer image, the middle is seen
+
+
+@dataclass(frozen=True)
 class Preprocessing:
     """How a member wants to see a picture; it belongs to each checkpoint, never to the server.
 
@@ -59,6 +79,11 @@ class Preprocessing:
         if not all(0 <= channel <= 1 for channel in self.mean) or not all(channel > 0 for channel in self.std):
             raise ValueError(f"mean {self.mean} must lie in 0 to 1 and std {self.std} above 0")
 
+    @property
+    def quantum(self) -> int:
+        """Sides of whole views are multiples of it, so that few shapes share batches: 32 for a crop of 224."""
+        return max(1, self.crop // 7)
+
 
 def make_views(image: Image.Image, preprocessing: Preprocessing, protocol: str) -> NDArray[np.uint8]:
     """The views of an RGB image under a protocol: uint8 (views, crop, crop, 3), in the protocol's order."""
@@ -72,6 +97,33 @@ def make_views(image: Image.Image, preprocessing: Preprocessing, protocol: str) 
         top, left = corner(view.position, pixels.shape[0], pixels.shape[1], crop)
         out[:] = (mirror if view.mirrored else pixels)[top : top + crop, left : left + crop]
     return views
+
+
+def make_whole_views(image: Image.Image, preprocessing: Preprocessing, protocol: str) -> list[NDArray[np.uint8]]:
+    """The views of an RGB image under a dense protocol, each uint8 (h, w, 3), in the protocol's order.
+
+    The longer side is rounded to a multiple of the quantum, from the shorter side to twice of it.
+    """
+    made: list[NDArray[np.uint8]] = []
+    for view in DENSE_PROTOCOLS[protocol]:
+        shorter = preprocessing.resize if view.scale is None else view.scale * preprocessing.quantum
+        pixels = np.asarray(_resize_whole(image, shorter, preprocessing.quantum))
+        made.append(np.ascontiguousarray(pixels[:, ::-1]) if view.mirrored else pixels)
+    return made
+
+
+def _resize_whole(image: Image.Image, shorter: int, quantum: int) -> Image.Image:
+    width, height = image.size
+    # The middle of the image, if one side is more than LONGEST times the other: left, top, right, bottom.
+    seen_width, seen_height = min(width, LONGEST * height), min(height, LONGEST * width)
+    left, top = (width - seen_width) // 2, (height - seen_height) // 2
+    aspect = max(seen_width, seen_height) / min(seen_width, seen_height)
+    longer = max(shorter, quantum * round(shorter * aspect / quantum))
+    size = (shorter, longer) if seen_width <= seen_height else (longer, shorter)
+    box = (left, top, left + seen_width, top + seen_height)
+    if size == image.size and (seen_width, seen_height) == image.size:
+        return image
+    return image.resize(size, Image.Resampling.BILINEAR, box=box)
 
 
 def resize(image: Image.Image, shorter_side: int) -> Image.Image:

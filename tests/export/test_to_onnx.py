@@ -11,6 +11,7 @@ import torch
 
 from resnet_ensemble.export import to_onnx
 from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.training import augment
 from resnet_ensemble.training.checkpoint import Checkpoint, Epoch
 from resnet_ensemble.training.model import cifar, parameter_count
 from resnet_ensemble.training.recipes import RECIPES
@@ -26,12 +27,14 @@ def saved() -> Checkpoint:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
-    return Checkpoint(RECIPE, network.state_dict(), history=(Epoch(1, 0.1, 2.0, 60.0, 55.0, 5000, 12.5),))
+    return Checkpoint(
+        RECIPE, network.state_dict(), history=(Epoch(1, 0.1, 2.0, 60.0, 55.0, 5000, 12.5),), finished=True
+    )
 
 
 @pytest.fixture(scope="module")
 def graph(saved: Checkpoint) -> to_onnx.Graph:
-    return to_onnx.Graph(to_onnx.network_of(saved), to_onnx.preprocessing_of(saved)).eval()
+    return to_onnx.Graph(to_onnx.network_of(saved), RECIPE.preprocessing).eval()
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,29 @@ def test_the_interface_is_bytes_in_and_probabilities_out(exported: bytes) -> Non
     assert dims == ["batch", "height", "width", 3]
 
 
+def test_a_mean_image_is_resized_to_the_views(saved: Checkpoint) -> None:
+    mean_image = torch.rand(32, 32, 3)
+    graph = to_onnx.Graph(to_onnx.network_of(saved), RECIPE.preprocessing, mean_image).eval()
+    views = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    larger = np.random.default_rng(1).integers(0, 256, (2, 40, 48, 3), np.uint8)
+
+    session = onnxruntime.InferenceSession(to_onnx.to_onnx(graph))
+
+    with torch.inference_mode():
+        x = augment.normalise(torch.from_numpy(views), (mean_image,), RECIPE.std)
+        expected = torch.softmax(graph.network(x), 1).numpy()
+        resized = graph(torch.from_numpy(larger)).numpy()
+    np.testing.assert_allclose(session.run(None, {"views": views})[0], expected, atol=1e-5)
+    np.testing.assert_allclose(session.run(None, {"views": larger})[0], resized, atol=1e-5)
+
+
+def test_networks_with_different_labels_are_no_bundle(saved: Checkpoint, tmp_path: Path) -> None:
+    other = replace(saved, labels=tuple("abcdefghij"))
+
+    with pytest.raises(to_onnx.ExportError, match="different labels"):
+        to_onnx.export([saved, other], tmp_path / "b", name="b", version="1")
+
+
 def test_batch_norm_is_folded_away(exported: bytes) -> None:
     operators = {node.op_type for node in onnx.load_from_string(exported).graph.node}
 
@@ -75,13 +101,10 @@ def test_the_file_holds_no_path_of_the_exporting_machine(exported: bytes) -> Non
 
 
 def test_a_graph_that_is_another_network_is_refused(graph: to_onnx.Graph, exported: bytes) -> None:
-    other = to_onnx.Graph(cifar(8).eval(), RECIPE_PREPROCESSING).eval()
+    other = to_onnx.Graph(cifar(8).eval(), RECIPE.preprocessing).eval()
 
     with pytest.raises(to_onnx.ExportError, match="differs from torch"):
         to_onnx._compare(exported, other)
-
-
-RECIPE_PREPROCESSING = to_onnx.preprocessing_of(Checkpoint(RECIPE, {}))
 
 
 def test_an_exported_bundle_is_complete(saved: Checkpoint, tmp_path: Path) -> None:
@@ -97,7 +120,7 @@ def test_an_exported_bundle_is_complete(saved: Checkpoint, tmp_path: Path) -> No
 
 
 def test_a_run_that_is_not_finished_is_not_exported(saved: Checkpoint, tmp_path: Path) -> None:
-    unfinished = replace(saved, recipe=replace(RECIPE, epochs=2))
+    unfinished = replace(saved, finished=False)
 
     with pytest.raises(to_onnx.ExportError, match="not trained to its last epoch"):
         to_onnx.export([unfinished], tmp_path / "b", name="b", version="1")

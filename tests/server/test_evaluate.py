@@ -13,7 +13,7 @@ from resnet_ensemble.server.classifier import load
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.settings import Settings
-from resnet_ensemble.training import cifar10
+from resnet_ensemble.training import cifar
 
 Png = Callable[..., bytes]
 
@@ -52,9 +52,9 @@ def test_a_folder_for_each_label_is_read(tmp_path: Path, png: Png, shipped: Bund
 
 def test_cifar_images_are_encoded_without_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    monkeypatch.setattr(cifar10, "read", lambda *_: cifar10.Split(images, np.array([1, 2])))
+    monkeypatch.setattr(cifar, "read", lambda *_: cifar.Images(images, np.array([1, 2])))
 
-    name, examples = evaluate.read(tmp_path, "val", cifar10.LABELS)
+    name, examples = evaluate.read(tmp_path, "val", cifar.CIFAR10.labels)
 
     from resnet_ensemble.server.images import decode
 
@@ -62,11 +62,9 @@ def test_cifar_images_are_encoded_without_loss(monkeypatch: pytest.MonkeyPatch, 
     np.testing.assert_array_equal(np.stack([np.asarray(decode(c, max_pixels=2000)) for c, _ in examples]), images)
 
 
-@pytest.mark.parametrize(
-    ("error", "images", "interval"), [(0, 100, (0, 3.70)), (50, 100, (40.38, 59.62)), (8.75, 10_000, (8.21, 9.32))]
-)
-def test_wilson_intervals(error: float, images: int, interval: tuple[float, float]) -> None:
-    assert evaluate.wilson(error, images) == pytest.approx(interval, abs=0.01)
+def test_data_of_other_labels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(cifar.DataError, match="named like a label"):
+        evaluate.read(tmp_path, "val", ("left", "right"))
 
 
 def test_a_recorded_result_replaces_an_older_one(shipped: Bundle, tmp_path: Path) -> None:

@@ -6,12 +6,23 @@ import safetensors.torch
 import torch
 
 from resnet_ensemble.training import checkpoint
-from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch
+from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch, Origin, Progress
 from resnet_ensemble.training.recipes import RECIPES, Recipe
 
 RECIPE = RECIPES["resnet20-cifar10"]
 EPOCH = Epoch(1, 0.1, 2.0, 60.0, 55.0, 5000, 12.5)
-SAVED = Checkpoint(RECIPE, {"fc.weight": torch.eye(3)}, {"fc.weight": torch.ones(3, 3)}, (EPOCH,))
+SAVED = Checkpoint(
+    RECIPE,
+    {"fc.weight": torch.eye(3)},
+    {"fc.weight": torch.ones(3, 3)},
+    (EPOCH,),
+    trained={"fc.weight": torch.full((3, 3), 2.0)},
+    mean_image=torch.rand(4, 4, 3),
+    labels=("cat", "dog"),
+    progress=Progress(3, 1.5, 7.0, 2.5, 0.5),
+    origin=Origin("abc", "def", "2.14", "cpu", "bf16", 2),
+    loss_scale={"scale": 65536.0},
+)
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
@@ -20,12 +31,18 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     loaded = checkpoint.load(tmp_path / "c.safetensors")
 
     assert (loaded.recipe, loaded.history, loaded.finished) == (RECIPE, (EPOCH,), False)
+    assert (loaded.labels, loaded.progress, loaded.origin) == (SAVED.labels, SAVED.progress, SAVED.origin)
+    assert loaded.loss_scale == SAVED.loss_scale
     assert torch.equal(loaded.weights["fc.weight"], torch.eye(3))
     assert torch.equal(loaded.momentum["fc.weight"], torch.ones(3, 3))
+    assert torch.equal(loaded.trained["fc.weight"], SAVED.trained["fc.weight"])
+    assert torch.equal(loaded.mean_image, SAVED.mean_image)
 
 
-def test_a_run_is_finished_after_its_last_epoch() -> None:
-    assert replace(SAVED, recipe=replace(RECIPE, epochs=1)).finished
+def test_a_run_s_folder_means_its_last_checkpoint(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "checkpoint.safetensors", replace(SAVED, finished=True))
+
+    assert checkpoint.load(tmp_path).finished
 
 
 def test_a_missing_checkpoint_says_how_to_make_one(tmp_path: Path) -> None:

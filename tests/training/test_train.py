@@ -1,70 +1,141 @@
-"""The loop on a small network and a small data set in CIFAR-10's shape."""
+"""The loop on a small network and small data sets."""
 
+import functools
+import math
+import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from resnet_ensemble.training import checkpoint, cifar10, train
+from resnet_ensemble.training import checkpoint, cifar, train
+from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError
+from resnet_ensemble.training.data import Batch, DataError
 from resnet_ensemble.training.recipes import RECIPES, Recipe, new_network
+from resnet_ensemble.training.train import Options
+from tests.training.small import VALIDATION, cifar_of_two, write_folders
 
 TINY = replace(RECIPES["resnet20-cifar10"], name="tiny", depth=8, epochs=3, batch_size=16)
-
-
-def small_split(_root: Path, split: str) -> cifar10.Split:
-    """Class 0 is dark and class 1 is bright, so that three epochs are enough to learn it."""
-    generator = np.random.default_rng(split == "train")
-    labels = generator.integers(0, 2, 96 if split == "train" else 32)
-    images = generator.integers(0, 90, (len(labels), 32, 32, 3)) + 160 * labels[:, None, None, None]
-    return cifar10.Split(images.astype(np.uint8), labels)
+# Everything that the short recipes leave out.
+RICH = replace(
+    TINY,
+    schedule="staircase",
+    peak_learning_rate=0.1,
+    drops=(0.5, 0.75),
+    decay_all=True,
+    nesterov=False,
+    label_smoothing=0.1,
+    ema_decay=0.9,
+    bn_images=64,
+    pca_colour=True,
+    per_pixel_mean=True,
+)
+# The first steps only: after them, rounding grows as it does in every training.
+FEW_STEPS = replace(TINY, epochs=0, iterations=4, peak_learning_rate=0.02)
+FOLDERS = replace(
+    RECIPES["resnet18b-imagenet"],
+    classes=3, epochs=3, batch_size=8, peak_learning_rate=0.05, first_crop=32, crop=64, test_crop=64, test_resize=72,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def small_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar10, "read", small_split)
+    monkeypatch.setattr(cifar, "read", cifar_of_two)
 
 
-def run(folder: Path, recipe: Recipe = TINY) -> checkpoint.Checkpoint:
-    return train.train(recipe, Path("unused"), folder)
+def run(folder: Path, recipe: Recipe = TINY, data: Path = Path("unused"), options: Options | None = None) -> Checkpoint:
+    return train.train(recipe, data, folder, options or Options(workers=0))
+
+
+def same(first: Checkpoint, second: Checkpoint) -> bool:
+    return all(torch.equal(first.weights[name], weight) for name, weight in second.weights.items())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folders(tmp_path_factory.mktemp("folders"), train=8, val=3, size=(90, 80))
 
 
 def test_training_learns_and_logs_every_epoch(tmp_path: Path) -> None:
     result = run(tmp_path)
 
     assert result.finished
-    assert result.history[-1].val_error == 0
+    assert (result.history[-1].val_error, result.history[-1].val_images) == (0, VALIDATION)
     assert result.history[-1].train_loss < result.history[0].train_loss
     lines = (tmp_path / "log.csv").read_text().splitlines()
     assert lines[0].startswith("epoch,learning_rate,train_loss")
     assert len(lines) == 4
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_resumed_run_has_the_very_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole")
-    saves = 0
-    original = checkpoint.save
+def test_a_checkpoint_says_what_made_it(tmp_path: Path) -> None:
+    run(tmp_path, replace(TINY, epochs=1), options=Options(workers=0, precision="fp32"))
 
-    def save_then_die(path: Path, saved: checkpoint.Checkpoint) -> None:
+    saved = checkpoint.load(tmp_path)
+
+    assert saved.labels == cifar.CIFAR10.labels
+    assert (saved.origin.torch, saved.origin.precision, saved.origin.processes) == (torch.__version__, "fp32", 1)
+    assert len(saved.origin.data) == 64
+
+
+@pytest.mark.parametrize("recipe", [TINY, RICH, FOLDERS], ids=["short", "rich", "folders"])
+def test_a_run_that_died_after_an_epoch_ends_with_the_very_weights_of_an_uninterrupted_one(
+    tmp_path: Path, recipe: Recipe, folders: Path
+) -> None:
+    whole = run(tmp_path / "whole", recipe, folders)
+    original, saves = checkpoint.save, 0
+
+    def save_then_die(path: Path, saved: Checkpoint) -> None:
         nonlocal saves
         original(path, saved)
-        saves += 1
+        saves += path.name == "checkpoint.safetensors"
         if saves == 2:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", save_then_die)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "resumed")
+            run(tmp_path / "resumed", recipe, folders)
 
-    resumed = run(tmp_path / "resumed")
+    resumed = run(tmp_path / "resumed", recipe, folders)
 
     assert [epoch.train_loss for epoch in resumed.history] == [epoch.train_loss for epoch in whole.history]
-    assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
+    assert same(resumed, whole)
+
+
+@pytest.mark.parametrize("recipe", [TINY, RICH, FOLDERS], ids=["short", "rich", "folders"])
+def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_from_there(
+    tmp_path: Path, recipe: Recipe, folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "LOOK_EVERY", 1)
+    whole = run(tmp_path / "whole", recipe, folders)
+    original, calls = train.step, 0
+    an_epoch = 24 // 8 if recipe is FOLDERS else 96 // 16
+
+    def step_then_sigterm(*arguments: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == an_epoch + 2:  # the second step of the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "step", step_then_sigterm)
+        with pytest.raises(train.Stopped) as stopped:
+            run(tmp_path / "resumed", recipe, folders)
+    saved = checkpoint.load(tmp_path / "resumed")
+    resumed = run(tmp_path / "resumed", recipe, folders)
+
+    assert stopped.value.code == 143
+    assert "saved after step 2 of epoch 2" in capsys.readouterr().out
+    assert (len(saved.history), saved.progress.steps, saved.finished) == (1, 2, False)
+    assert [e.train_loss for e in resumed.history] == pytest.approx([e.train_loss for e in whole.history])
+    assert [e.train_error for e in resumed.history] == [e.train_error for e in whole.history]
+    assert same(resumed, whole)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
@@ -75,35 +146,60 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint.safetensors").stat().st_mtime_ns == written
 
 
+def test_a_recipe_of_iterations_stops_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    result = run(tmp_path, replace(TINY, epochs=0, iterations=8))
+
+    assert [epoch.epoch for epoch in result.history] == [1, 2]
+    assert result.history[1].learning_rate == pytest.approx(
+        train.learning_rate(result.recipe, step=7, steps=8, history=())
+    )
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([30.0, 20.0, 40.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: train.Errors(next(errors), 0.0, VALIDATION))
+
+    run(tmp_path)
+
+    best, last = (checkpoint.load(tmp_path / f"{name}.safetensors") for name in ("best", "checkpoint"))
+    assert [best.history[-1].val_error, last.history[-1].val_error] == [20, 40]
+    assert not same(best, last)
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     run(tmp_path, replace(TINY, epochs=1))
 
-    with pytest.raises(SystemExit, match="another recipe"):
+    with pytest.raises(CheckpointError, match="another recipe"):
         run(tmp_path, replace(TINY, epochs=1, weight_decay=0.1))
 
 
-def test_a_diverged_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="the loss became nan"):
-        run(tmp_path, replace(TINY, peak_learning_rate=float("inf")))
+def test_other_data_in_the_same_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, replace(TINY, epochs=1))
+    monkeypatch.setattr(
+        cifar, "read", lambda *a: replace(cifar_of_two(*a), labels=cifar_of_two(*a).labels[::-1].copy())
+    )
+
+    with pytest.raises(CheckpointError, match="other data"):
+        run(tmp_path, replace(TINY, epochs=1))
+
+
+@pytest.mark.parametrize("peak", [float("inf"), 1e6], ids=["infinite", "far too high"])
+def test_a_diverged_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path, peak: float) -> None:
+    with pytest.raises(train.Stopped, match="the loss became"):
+        run(tmp_path, replace(TINY, peak_learning_rate=peak))
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
-def test_weight_decay_is_only_on_convolution_and_linear_weights() -> None:
+def test_weight_decay_is_only_on_convolution_and_linear_weights_unless_the_recipe_says_all() -> None:
     model = new_network(TINY)
 
-    decayed, others = train._optimizer(model, TINY).param_groups
+    decayed, others = train.sgd(model, TINY).param_groups
 
     assert all(p.ndim > 1 for p in decayed["params"])
     assert decayed["weight_decay"] == TINY.weight_decay
     assert others["weight_decay"] == 0
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
-
-
-def test_the_list_names_every_recipe_with_its_cost() -> None:
-    lines = train.listing().splitlines()[1:]
-
-    assert [line.split()[0] for line in lines] == list(RECIPES)
-    assert lines[0].split() == ["resnet20-cifar10", "269,722", "40.6", "M", "40", "8.75", "%"]
+    assert train.sgd(model, RICH).param_groups[1]["weight_decay"] == RICH.weight_decay
 
 
 def test_a_plain_recipe_trains_the_network_without_shortcuts(tmp_path: Path) -> None:
@@ -113,21 +209,88 @@ def test_a_plain_recipe_trains_the_network_without_shortcuts(tmp_path: Path) -> 
     assert result.weights.keys() == new_network(TINY).state_dict().keys()
 
 
+def test_a_plateau_s_rate_follows_from_the_validation_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "evaluate", lambda *_: train.Errors(50.0, 0.0, VALIDATION))
+    recipe = replace(TINY, schedule="plateau", patience=1, peak_learning_rate=0.1, epochs=5)
+
+    rates = [epoch.learning_rate for epoch in run(tmp_path, recipe).history]
+
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_other_precisions_train_too(tmp_path: Path, precision: train.Precision) -> None:
+    result = run(tmp_path, options=Options(workers=0, precision=precision))
+
+    assert result.history[-1].val_error == 0
+    assert bool(result.loss_scale) == (precision == "fp16")
+    assert result.weights["fc.weight"].dtype == torch.float32
+
+
+def test_an_average_of_the_weights_is_what_is_evaluated_and_training_goes_on_with_the_others(tmp_path: Path) -> None:
+    result = run(tmp_path, replace(TINY, ema_decay=0.9))
+
+    assert result.trained.keys() == result.weights.keys()
+    assert not torch.equal(result.trained["fc.weight"], result.weights["fc.weight"])
+
+
+def test_estimating_statistics_again_changes_only_them(tmp_path: Path) -> None:
+    with_, without = (run(tmp_path / str(n), replace(TINY, epochs=1, bn_images=n)) for n in (96, 0))
+
+    changed = {name for name in with_.weights if not torch.equal(with_.weights[name], without.weights[name])}
+    assert "bn1.running_mean" in changed
+    assert all("running" in name or "num_batches" in name for name in changed)
+
+
+def gradients(network: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in network.parameters()]
+
+
+def test_a_batch_in_parts_has_the_gradients_of_the_whole_batch() -> None:
+    data = cifar_of_two(Path(), "train")
+    batch = Batch(torch.from_numpy(data.images[:16]), (torch.zeros(3),), torch.from_numpy(data.labels[:16]))
+    found = []
+    for accumulate in (1, 4):
+        torch.manual_seed(0)
+        network = new_network(TINY).eval()  # so that batch norm doesn't depend on the parts
+        options = Options(precision="fp32", accumulate=accumulate)
+        sums = torch.zeros(3)
+        train.step(network, batch, TINY, torch.amp.GradScaler("cpu", enabled=False), options, sums)
+        found.append([*gradients(network), sums])
+
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
+def test_a_batch_that_can_t_be_cut_into_equal_parts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="equal parts"):
+        run(tmp_path, options=Options(accumulate=3))
+
+
+def test_a_network_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Captured by the real compiler; its default backend needs a C compiler, which a test must not.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+    result = run(tmp_path, replace(TINY, epochs=1), options=Options(workers=0, compile=True))
+
+    assert result.weights.keys() == new_network(TINY).state_dict().keys()
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from tests.training.test_train import TINY, small_split
-from resnet_ensemble.training import augment, cifar10, train
-cifar10.read = small_split
-crops, calls = augment.random_crops, 0
+from tests.training.small import cifar_of_two
+from tests.training.test_train import TINY
+from resnet_ensemble.training import cifar, train
+cifar.read = cifar_of_two
+step, calls = train.step, 0
 def dying(*arguments):
     global calls
     calls += 1
     if calls == 9:  # six steps an epoch: in the middle of the second
         os.kill(os.getpid(), signal.SIGKILL)
-    return crops(*arguments)
-augment.random_crops = dying
+    return step(*arguments)
+train.step = dying
 train.train(TINY, Path("unused"), Path(sys.argv[2]))
 """
 
@@ -139,4 +302,127 @@ def test_after_kill_9_in_the_middle_of_an_epoch_the_weights_end_bit_identical(tm
     resumed, whole = run(tmp_path / "killed"), run(tmp_path / "whole")
 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
+    assert same(resumed, whole)
+
+
+def torchrun(processes: int, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, *command], cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+TWO = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+from tests.training.small import cifar_of_two
+from tests.training.test_train import FEW_STEPS, TINY, gradients
+from resnet_ensemble.training import cifar, processes, train
+from resnet_ensemble.training.data import Batch
+from resnet_ensemble.training.recipes import new_network
+cifar.read = cifar_of_two
+out = Path(sys.argv[2])
+options = train.Options(workers=0, precision="fp32")
+data = cifar_of_two(Path(), "train")
+images, labels, mean = torch.from_numpy(data.images[:16]), torch.from_numpy(data.labels[:16]), (torch.zeros(3),)
+with processes.join() as group:
+    train.train(FEW_STEPS, Path("unused"), out / "run", options)
+    network = new_network(TINY).eval()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    mine = Batch(group.share(images), mean, group.share(labels))
+    train.step(train._wrap(network, group, options), mine, TINY, scaler, options, torch.zeros(3))
+    together = gradients(network)
+    network.zero_grad()
+    train.step(network, Batch(images, mean, labels), TINY, scaler, options, torch.zeros(3))
+    worst = max(float((a - b).abs().max()) for a, b in zip(together, gradients(network), strict=True))
+    (out / f"worst.{group.rank}").write_text(str(worst))
+"""
+
+
+def test_two_processes_with_half_the_batch_each_are_one_with_the_whole_batch(tmp_path: Path, root: Path) -> None:
+    """Batch norm's statistics are each process's own: one process has the same ones with its batch in two parts.
+
+    With batch norm in evaluation mode, where it has no statistics of the batch, the gradients of one step are compared
+    with those of the batch as a whole.
+    """
+    (tmp_path / "two.py").write_text(TWO)
+    torchrun(2, str(tmp_path / "two.py"), str(root), str(tmp_path), cwd=tmp_path)
+    two = checkpoint.load(tmp_path / "run")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the two have: with another number, one step alone ends 9e-5 of its way from here
+    try:
+        one = run(tmp_path / "one", FEW_STEPS, options=Options(workers=0, precision="fp32", accumulate=2))
+        whole = run(tmp_path / "whole", FEW_STEPS, options=Options(workers=0, precision="fp32"))
+    finally:
+        torch.set_num_threads(threads)
+
+    torch.manual_seed(FEW_STEPS.seed)
+    start = dict(new_network(TINY).named_parameters())
+
+    def apart(a: Checkpoint, b: Checkpoint) -> float:
+        """The distance between their parameters, as a share of the way that training went."""
+        between = sum(float((a.weights[name] - b.weights[name]).square().sum()) for name in start)
+        gone = sum(float((a.weights[name] - begun.detach()).square().sum()) for name, begun in start.items())
+        return math.sqrt(between / gone)
+
+    assert apart(one, two) < 1e-6
+    assert apart(one, whole) > 0.02  # other statistics, and the distance shows it
+    assert two.history[0].train_loss == pytest.approx(one.history[0].train_loss, rel=1e-4)
+    assert (two.history[0].val_images, two.origin.processes) == (VALIDATION, 2)
+    assert max(float((tmp_path / f"worst.{rank}").read_text()) for rank in (0, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_paper_s_imagenet_recipe_finishes_two_epochs_on_a_small_tree(
+    tmp_path: Path, root: Path, processes: int
+) -> None:
+    data = write_folders(tmp_path / "data", train=8, val=3)
+    command = f"{root}/training/train.py resnet18a-imagenet-paper --data {data} --out {tmp_path / 'runs'} --workers 1"
+    changes = "--set iterations=0 epochs=2 batch_size=8 classes=3"
+
+    if processes == 1:
+        done = subprocess.run(
+            [sys.executable, *command.split(), *changes.split()], check=True, capture_output=True, text=True
+        )
+    else:
+        done = torchrun(processes, *command.split(), *changes.split(), cwd=tmp_path)
+
+    saved = checkpoint.load(tmp_path / "runs" / "resnet18a-imagenet-paper")
+    assert saved.finished
+    assert saved.labels == ("n01440764", "n01443537", "n01484850")
+    assert saved.mean_image is not None
+    assert saved.mean_image.shape == (224, 224, 3)
+    assert saved.mean_image.mean() == pytest.approx((50 + 150 / 3) / 255, abs=0.02)
+    assert [(epoch.epoch, epoch.val_images) for epoch in saved.history] == [(1, 9), (2, 9)]
+    assert "on 9 images" in done.stdout
+
+
+def test_the_short_imagenet_recipe_learns_a_small_tree(tmp_path: Path, folders: Path) -> None:
+    result = run(tmp_path, replace(FOLDERS, epochs=8, ema_decay=0.5), folders)
+
+    assert result.history[-1].val_error <= 100 / 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet20-cifar10", "--data", "none"], "no CIFAR-10 in none"),
+        (["resnet50-imagenet", "--data", "none"], "no train/ in none"),
+        (["resnet20-cifar10", "--data", "none", "--set", "epoch=2"], "a recipe has no 'epoch'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_answered_in_one_line(
+    root: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    command = [sys.executable, str(root / "training" / "train.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from resnet_ensemble.training.views import POSITIONS, PROTOCOLS, Preprocessing, make_views, mean_colour
+from resnet_ensemble.training.views import (
+    DENSE_PROTOCOLS,
+    POSITIONS,
+    PROTOCOLS,
+    Preprocessing,
+    make_views,
+    make_whole_views,
+    mean_colour,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = st.tuples(st.integers(1, 90), st.integers(1, 90))
@@ -111,3 +119,43 @@ def test_geometry_that_contradicts_itself_is_refused(changes: dict[str, int], me
 def test_mean_in_bytes_instead_of_units_is_refused() -> None:
     with pytest.raises(ValueError, match="0 to 1"):
         Preprocessing(resize=32, crop=32, mean=(123.7, 116.3, 103.5), std=STD)
+
+
+def test_dense_protocols_have_the_paper_s_shorter_sides_and_mirrors() -> None:
+    how = Preprocessing(resize=256, crop=224, mean=MEAN, std=STD)
+
+    sides = [min(view.shape[:2]) for view in make_whole_views(picture((500, 375)), how, "multiscale")]
+
+    assert sides == [224, 224, 256, 256, 384, 384, 480, 480, 640, 640]
+    assert [view.shape for view in make_whole_views(picture((500, 375)), how, "dense")] == [(256, 352, 3)] * 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(size=SIZES, protocol=st.sampled_from(list(DENSE_PROTOCOLS)))
+def test_whole_views_have_few_shapes_and_come_with_their_mirrors(size: tuple[int, int], protocol: str) -> None:
+    how = preprocessing(resize=32, crop=32, padding=2)
+
+    views = make_whole_views(picture(size), how, protocol)
+
+    for view, mirror in zip(views[::2], views[1::2], strict=True):
+        shorter, longer = sorted(view.shape[:2])
+        assert longer % how.quantum == 0
+        assert shorter <= longer <= 2 * shorter
+        np.testing.assert_array_equal(mirror, view[:, ::-1])
+        assert view.shape[0] >= view.shape[1] or size[0] >= size[1]  # portrait stays portrait
+
+
+def test_a_cifar_image_is_its_own_dense_view() -> None:
+    image, how = picture((32, 32)), preprocessing(resize=32, crop=32, padding=2)
+
+    np.testing.assert_array_equal(make_whole_views(image, how, "dense")[0], np.asarray(image))
+
+
+def test_of_a_very_long_image_the_middle_is_seen() -> None:
+    pixels = np.zeros((64, 640, 3), np.uint8)
+    pixels[:, 256:384] = 200  # the middle, as wide as twice the height
+
+    view, _ = make_whole_views(Image.fromarray(pixels), preprocessing(resize=32, crop=32), "dense")
+
+    assert view.shape == (32, 64, 3)
+    assert view.min() >= 150  # the filter reaches a little beyond the middle

@@ -1,0 +1,127 @@
+"""Evaluation of untrained networks, whose errors are known from their probabilities."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from resnet_ensemble.training import augment, checkpoint, evaluate, paper
+from resnet_ensemble.training.checkpoint import Checkpoint
+from resnet_ensemble.training.cifar import DataError
+from resnet_ensemble.training.evaluate import ALL_PROTOCOLS, Network, Score
+from resnet_ensemble.training.recipes import RECIPES, new_network
+from resnet_ensemble.training.views import PROTOCOLS, make_views
+from tests.training.small import cifar_of_two, write_folders
+
+RECIPE = replace(RECIPES["resnet20-cifar10"], depth=8)
+FOLDERS = replace(RECIPES["resnet18b-imagenet"], classes=3, first_crop=0, crop=64, test_crop=64, test_resize=72)
+CPU = torch.device("cpu")
+Pictures = tuple[list[np.ndarray], list[int]]
+
+
+def untrained(seed: int = 0, mean_image: torch.Tensor | None = None) -> Network:
+    torch.manual_seed(seed)
+    return Network(Checkpoint(RECIPE, new_network(RECIPE).state_dict(), mean_image=mean_image), CPU)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    images = cifar_of_two(Path(), "val")
+    return list(images.images), images.labels.tolist()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_errors_are_those_of_the_mean_over_the_views(protocol: str, pictures: Pictures) -> None:
+    network, (images, labels) = untrained(), pictures
+    wrong = 0
+    for pixels, label in zip(images, labels, strict=True):
+        views = make_views(Image.fromarray(pixels), RECIPE.preprocessing, protocol)
+        wrong += int(network.probabilities(torch.from_numpy(views)).mean(0).argmax()) != label
+
+    (score,) = evaluate.evaluate([network], images, labels, protocol)
+
+    assert score.top1 == pytest.approx(100 * wrong / len(labels))
+    assert score.images == len(labels)
+    assert 0 <= score.top5 <= score.top1
+
+
+def test_an_ensemble_averages_its_networks(pictures: Pictures) -> None:
+    networks, (images, labels) = [untrained(0), untrained(1)], pictures
+    views = torch.from_numpy(np.stack(images))
+    mean = sum(network.probabilities(views) for network in networks) / 2
+
+    scores = evaluate.evaluate(networks, images, labels, "center")
+
+    assert [score.network for score in scores] == ["resnet8", "resnet8", "ensemble"]
+    assert scores[-1].top1 == pytest.approx(100 * float((mean.argmax(1) != torch.tensor(labels)).double().mean()))
+
+
+@pytest.mark.parametrize("protocol", ALL_PROTOCOLS)
+def test_worker_processes_change_nothing(protocol: str, tmp_path: Path) -> None:
+    root = write_folders(tmp_path, train=1, val=4, size=(90, 60))
+    for i, file in enumerate((root / "val").rglob("*.JPEG")):  # pictures of many shapes
+        Image.open(file).resize((60 + 7 * i, 80)).save(file)
+    torch.manual_seed(0)
+    network = Network(Checkpoint(FOLDERS, new_network(FOLDERS).state_dict()), CPU)
+    files, labels = evaluate.read([FOLDERS], root, "val")
+
+    alone, with_workers = (evaluate.evaluate([network], files, labels, protocol, workers=n) for n in (0, 2))
+
+    assert alone == with_workers
+    assert alone[0].images == 12
+
+
+def test_a_mean_image_is_subtracted_and_resized_for_other_sizes() -> None:
+    mean_image = torch.rand(32, 32, 3)
+    network = untrained(mean_image=mean_image)
+    views = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+
+    with torch.inference_mode():
+        logits = network._network(augment.normalise(views, (mean_image,), RECIPE.std))
+
+    assert torch.allclose(network.probabilities(views), torch.softmax(logits.double(), 1))
+    assert network._mean(40, 48).shape == (40, 48, 3)
+
+
+def test_networks_of_different_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="different data sets"):
+        evaluate.read([RECIPE, FOLDERS], tmp_path, "val")
+
+
+def test_folders_of_another_number_of_classes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="3 classes, the network 7"):
+        evaluate.read([replace(FOLDERS, classes=7)], write_folders(tmp_path, train=1, val=1), "val")
+
+
+def test_the_table_has_the_paper_s_row_beside_ours() -> None:
+    scores = [
+        Score("resnet50", "10crop", 50_000, 22.9, 6.8, paper.row("imagenet", "resnet50", "10crop")),
+        Score("resnet20", "center", 5000, 8.75, 0.3, paper.row("cifar10", "resnet20", "center")),
+        Score("ensemble", "flip", 5000, 5.0, 0.2),
+    ]
+
+    assert evaluate.table(scores).splitlines()[2:] == [
+        "| resnet50 | 10crop | 50,000 | 22.90 % (22.53 to 23.27) | 6.80 % | 22.85 / 6.71 % (Table 3) |",
+        "| resnet20 | center | 5,000 | 8.75 % (8.00 to 9.57) | 0.30 % | 8.75 % (Table 6) |",
+        "| ensemble | flip | 5,000 | 5.00 % (4.43 to 5.64) | 0.20 % |  |",
+    ]
+
+
+def test_the_command_prints_a_row_for_each_protocol_or_says_what_is_missing(tmp_path: Path, root: Path) -> None:
+    data = write_folders(tmp_path / "data", train=1, val=2)
+    torch.manual_seed(0)
+    checkpoint.save(tmp_path / "run" / "checkpoint.safetensors", Checkpoint(FOLDERS, new_network(FOLDERS).state_dict()))
+    command = [sys.executable, str(root / "training" / "evaluate.py"), str(tmp_path / "run"), "--data"]
+
+    done = subprocess.run([*command, str(data)], check=True, capture_output=True, text=True)
+    failed = subprocess.run([*command, str(tmp_path)], check=False, capture_output=True, text=True)
+
+    rows = [line.split(" | ")[:3] for line in done.stdout.splitlines()[2:]]
+    assert rows == [["| resnet18b", protocol, "6"] for protocol in ALL_PROTOCOLS]
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"evaluate: no val/ in {tmp_path}")
