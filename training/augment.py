@@ -1,5 +1,6 @@
 """Augmentation and normalisation of batches, as functions of what they are given."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -48,11 +49,13 @@ def colour_shift(count: int, generator: torch.Generator) -> Tensor:
     return ((strength * torch.tensor(COLOUR_VALUES)) @ torch.tensor(COLOUR_VECTORS).T)[:, None, None, :]
 
 
+@functools.cache
 def area_crop(crop: int) -> v2.Transform:
     """A random part of a picture, 8 to 100 % of its area, as a square or its mirror: torchvision's usual training."""
     return v2.Compose([v2.RandomResizedCrop(crop, antialias=True), v2.RandomHorizontalFlip()])
 
 
+@functools.cache
 def scale_crop(crop: int, lowest: int, highest: int) -> v2.Transform:
     """The paper's, after VGG: the shorter side between `lowest` and `highest`, then a random crop or its mirror."""
     resize = v2.RandomShortestSize(list(range(lowest, highest + 1)), antialias=True)
