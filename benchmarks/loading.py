@@ -6,7 +6,7 @@ FOLDER holds photographs, in it or in folders below it. In one process, without 
 medians, because machines drift:
 
     ImageFolder  what torchvision's references do: Pillow, RandomResizedCrop, flip, floats, normalised
-    loader       ours for the short ImageNet recipe: torchvision's decoder, the same crops of bytes (floats are made on
+    loader       ours for the short ImageNet recipe: TorchCodec's decoder, the same crops of bytes (floats are made on
                  the device, by the batch)
     loader, scale  ours for the paper's recipe: shorter side 256 to 480, a crop of 224
 
@@ -38,7 +38,7 @@ ROUNDS = 7
 
 
 def usual(files: list[str], crop: int) -> Callable[[], int]:
-    """torchvision's `ImageFolder` with the transforms of its documentation."""
+    """What torchvision gives from `ImageFolder` with the transforms of its documentation."""
     transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(crop),

@@ -7,7 +7,17 @@ import torch
 from PIL import Image
 
 from resnet_ensemble.training import cifar
-from resnet_ensemble.training.data import Batch, Cifar, Data, DataError, Folders, open_data, scan_folders
+from resnet_ensemble.training.data import (
+    Batch,
+    Cifar,
+    Data,
+    DataError,
+    Folders,
+    _decode_fast,
+    decode,
+    open_data,
+    scan_folders,
+)
 from resnet_ensemble.training.processes import Group
 from resnet_ensemble.training.recipes import RECIPES, Augmentation, Recipe
 from resnet_ensemble.training.views import mean_colour
@@ -157,6 +167,24 @@ def test_the_fingerprint_is_of_the_data(root: Path, tmp_path: Path) -> None:
     assert data_of(FOLDERS, root).fingerprint == data_of(FOLDERS, root).fingerprint
     assert data_of(FOLDERS, root).fingerprint != data_of(FOLDERS, other).fingerprint
     assert data_of(CIFAR, root).fingerprint != data_of(FOLDERS, root).fingerprint
+
+
+def test_a_picture_that_is_no_jpeg_is_read_too(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    for name in ("a.png", "b.bmp", "c.JPEG"):  # ImageNet has a PNG that is called .JPEG
+        Image.fromarray(picture).save(tmp_path / name, "BMP" if name == "b.bmp" else "PNG")
+
+    for file in tmp_path.iterdir():
+        np.testing.assert_array_equal(_decode_fast(str(file)).permute(1, 2, 0), picture)
+
+
+def test_a_cmyk_jpeg_has_pillow_s_colours(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 25, 4), np.uint8)
+    Image.fromarray(noise, "CMYK").resize((100, 80)).save(tmp_path / "c.jpg")
+
+    fast = _decode_fast(str(tmp_path / "c.jpg")).permute(1, 2, 0)
+
+    np.testing.assert_allclose(fast.float(), np.asarray(decode(str(tmp_path / "c.jpg")), np.float32), atol=4)
 
 
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
