@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchcodec.decoders import decode_jpeg
+from torchcodec.decoders import decode_jpeg  # type: ignore[attr-defined]  # its __init__ has no __all__
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from resnet_ensemble.training import augment, cifar
