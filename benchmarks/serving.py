@@ -38,7 +38,6 @@ from resnet_ensemble.server.schemas import Options
 from resnet_ensemble.server.settings import SHIPPED_BUNDLE, Settings
 from resnet_ensemble.training.views import PROTOCOLS
 
-BACKEND = "onnxruntime"
 CONCURRENCY = (1, 8, 32)
 
 
@@ -48,6 +47,11 @@ class Cell:
 
     rates: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
+
+
+def described(engines: list[Engine]) -> str:
+    """Which engines ran: "onnxruntime 1.32.0 fp32"."""
+    return ", ".join(sorted({f"{e.info.backend} {e.info.version} {e.info.precision}" for e in engines}))
 
 
 def bare(engines: list[Engine], views: int, side: int, seconds: float) -> float:
@@ -142,7 +146,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     manifest = bundle.manifest
-    engines = [engine_store.open_engine(bundle, member, BACKEND) for member in manifest.members]
+    engines = [engine_store.open_engine(bundle, member) for member in manifest.members]
     views, side = len(PROTOCOLS[manifest.protocol]), manifest.members[0].preprocessing.crop
     content = bundle.read(manifest.golden[0])
     classifier = load(Settings(bundle=arguments.bundle), Metrics())
@@ -163,7 +167,7 @@ def main() -> None:
     about = (
         f"{bundle.identity}, {len(engines)} members, {manifest.protocol}, {views * len(engines)} views an image, "
         f"{manifest.golden[0].file}; {host.cpu().split(' avx')[0]}, {host.cores()} cores, {platform.system()}, "
-        f"Python {platform.python_version()}, {BACKEND} {engines[0].info.version}, {datetime.now(UTC):%Y-%m-%d}, "
+        f"Python {platform.python_version()}, {described(engines)}, {datetime.now(UTC):%Y-%m-%d}, "
         f"median of {arguments.rounds} interleaved rounds of {arguments.seconds:g} s"
     )
     print(f"{table(cells)}\n\n{about}")

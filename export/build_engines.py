@@ -1,9 +1,12 @@
-"""Build, verify and time every engine that this host can run for a bundle.
+"""Build, verify and time every engine that this host can run for a bundle, and choose the fastest that passes.
 
-    python export/build_engines.py                    # the bundle in the repository
-    python export/build_engines.py PATH/TO/BUNDLE
+    python export/build_engines.py                                   # the bundle in the repository
+    python export/build_engines.py PATH/TO/BUNDLE --calibration PHOTOS
+    python export/build_engines.py --dry-run
 
-Hashes are verified first; each engine must give the bundle's golden probabilities; what was found is written to
+Hashes are verified first. An FP32 engine must give the bundle's golden probabilities. BF16 and INT8 must pass the gate:
+agreement with FP32 on the pictures of --calibration or, without it, on the bundle's golden ones; with one folder of
+pictures a label, the error too. INT8 is calibrated on the same pictures, or was at export. What was found is written to
 BUNDLE.engines/ beside the bundle, where the server looks for it. A second run reuses what is still valid.
 """
 
@@ -14,7 +17,9 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -27,40 +32,110 @@ if importlib.util.find_spec("resnet_ensemble") is None:  # run by a Python witho
     os.execv(python, [str(python), *sys.argv])  # noqa: S606  # no shell is wanted
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from resnet_ensemble.export import engines, golden
+from resnet_ensemble.export import engines, gate, golden, quantize
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
-from resnet_ensemble.export.engine_store import REPORT, EngineStore, Record, fingerprint
+from resnet_ensemble.export.engine_store import (
+    DECISIVE_BATCH,
+    REPORT,
+    EngineStore,
+    Record,
+    fingerprint,
+    tolerance,
+)
+from resnet_ensemble.export.engines import Precision
+from resnet_ensemble.export.gate import CalibrationError, Pictures
+from resnet_ensemble.export.quantize import Calibration
 
 SHIPPED = REPOSITORY / "bundles" / "cifar10"
 TIMED_BATCHES = (1, 10, 40)
 SECONDS_PER_TIMING = 0.4
 
 
-def build(bundle: Bundle, member: Member, backend: str) -> tuple[Record, bytes]:
-    """Compile a member, check it against the golden probabilities and time it. Raises BundleError."""
-    implementation = engines.backend(backend)
-    began = time.monotonic()
-    compiled = implementation.compile(bundle.read(member))
-    engine = implementation.load(compiled)
-    seconds = time.monotonic() - began
-    try:
-        record = Record(
-            member=member.name,
-            backend=backend,
-            version=engine.info.version,
-            precision=engine.info.precision,
-            fingerprint=fingerprint(bundle, member, backend),
-            file=f"{member.name}-{backend}-{engine.info.precision}.engine",
-            sha256=hashlib.sha256(compiled).hexdigest(),
-            build_seconds=round(seconds, 3),
-            golden_difference=golden.check(engine, bundle, member),
-            views_per_second={str(n): rate(engine, member.preprocessing.crop, n) for n in TIMED_BATCHES},
-        )
-    finally:
-        engine.close()
-    return record, compiled
+@dataclass
+class Workshop:
+    """One member, and what its engines have in common. The expensive parts are made when they are first needed."""
+
+    bundle: Bundle
+    member: Member
+    pictures: Pictures
+    own_calibration: bool
+    _reference: NDArray[np.float32] | None = None
+    _calibration: Calibration | None = None
+
+    @property
+    def calibration_identity(self) -> str | None:
+        """What INT8 would be calibrated on: the given pictures, or the bundle's own file; None without either."""
+        if self.own_calibration:
+            return self.member.calibration.sha256 if self.member.calibration else None
+        return self.pictures.identity
+
+    def calibration(self) -> Calibration:
+        """Ranges and integer weights."""
+        if self._calibration is None:
+            if self.own_calibration:
+                assert self.member.calibration is not None
+                self._calibration = quantize.from_bytes(self.bundle.read(self.member.calibration))
+            else:
+                batches = list(gate.batches(self.pictures.views))
+                self._calibration = quantize.calibrate(
+                    self.bundle.read(self.member), batches, images=len(self.pictures.views)
+                )
+        return self._calibration
+
+    def reference(self) -> NDArray[np.float32]:
+        """FP32's answers for the gate's views."""
+        if self._reference is None:
+            backend = engines.backend(engines.DEFAULT)
+            engine = backend.load(backend.compile(self.bundle.read(self.member), "fp32"), "fp32")
+            self._reference = gate.answers(engine, self.pictures.views)
+            engine.close()
+        return self._reference
+
+    def build(self, backend: str, precision: Precision) -> tuple[Record, bytes]:
+        """Compile, check and time one engine. Raises GoldenMismatch if FP32 is not what the bundle describes."""
+        implementation = engines.backend(backend)
+        graph = self.bundle.read(self.member)
+        if precision == "int8":
+            graph = quantize.quantized(graph, self.calibration(), implementation.int8_form())
+        began = time.monotonic()
+        compiled = implementation.compile(graph, precision)
+        engine = implementation.load(compiled, precision)
+        seconds = time.monotonic() - began
+        calibration = (self.calibration_identity or "") if precision == "int8" else ""
+        try:
+            allowed = tolerance(self.bundle, precision) if precision == "fp32" else float("inf")
+            difference = golden.check(engine, self.bundle, self.member, allowed=allowed)
+            finding = gate.compare(gate.answers(engine, self.pictures.views), self.reference(), self.pictures.labels)
+            verdict = finding.verdict(precision)
+            if verdict == "passed" and difference > tolerance(self.bundle, precision):
+                verdict = f"a golden probability differs by {difference:.2f}"
+            record = Record(
+                member=self.member.name,
+                backend=backend,
+                version=engine.info.version,
+                precision=precision,
+                calibration=calibration,
+                fingerprint=fingerprint(self.bundle, self.member, backend, precision, calibration),
+                file=f"{self.member.name}-{backend}-{precision}.engine",
+                sha256=hashlib.sha256(compiled).hexdigest(),
+                size=len(compiled),
+                build_seconds=round(seconds, 3),
+                golden_difference=difference,
+                gate_pictures=self.pictures.identity,
+                gate_views=finding.views,
+                agreement=finding.agreement,
+                difference=finding.difference,
+                error=finding.error,
+                reference_error=finding.reference_error,
+                views_per_second={str(n): rate(engine, self.member.preprocessing.crop, n) for n in TIMED_BATCHES},
+                verdict=verdict,
+            )
+        finally:
+            engine.close()
+        return record, compiled
 
 
 def rate(engine: engines.Engine, side: int, batch: int) -> float:
@@ -76,44 +151,95 @@ def rate(engine: engines.Engine, side: int, batch: int) -> float:
     return round(batch / statistics.median(seconds), 1)
 
 
-def build_all(bundle: Bundle) -> list[tuple[Record, bool]]:
-    """Every (member, backend) of this host: its record, and whether a stored engine was reused."""
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: an engine, or why there is none."""
+
+    member: str
+    backend: str
+    precision: Precision
+    record: Record | None
+    note: str
+
+
+def build_all(
+    bundle: Bundle,
+    *,
+    calibration: Path | None = None,
+    members: list[str] | None = None,
+    precisions: list[Precision] | None = None,
+    dry_run: bool = False,
+) -> list[Row]:
+    """Every engine of this host, built or reused. Raises BundleError, CalibrationError, BackendUnavailable."""
+    verify(bundle)
+    store = EngineStore(bundle)
+    variants = [(b, p) for b, p in engines.available() if precisions is None or p in precisions]
+    rows: list[Row] = []
+    with store.building():
+        for member in bundle.manifest.members:
+            if members is not None and member.name not in members:
+                continue
+            pictures = (
+                gate.from_folder(calibration, member.preprocessing, bundle.manifest.labels)
+                if calibration
+                else gate.from_golden(bundle, member)
+            )
+            workshop = Workshop(bundle, member, pictures, own_calibration=calibration is None)
+            for backend, precision in tqdm(variants, member.name, unit="engine", leave=False, disable=None):
+                rows.append(_row(store, workshop, backend, precision, dry_run=dry_run))
+    return rows
+
+
+def _row(store: EngineStore, workshop: Workshop, backend: str, precision: Precision, *, dry_run: bool) -> Row:
+    member = workshop.member
+    wanted = workshop.calibration_identity if precision == "int8" else ""
+    stored = store.find(member, backend, precision, wanted)
+    if stored and (workshop.own_calibration or stored.gate_pictures == workshop.pictures.identity):
+        return Row(member.name, backend, precision, stored, "reused")
+    if precision == "int8" and wanted is None:
+        return Row(member.name, backend, precision, None, "needs pictures: --calibration DIR")
+    if dry_run:
+        return Row(member.name, backend, precision, None, "would be built")
+    record, compiled = workshop.build(backend, precision)
+    store.add(record, compiled)
+    return Row(member.name, backend, precision, record, "built")
+
+
+def verify(bundle: Bundle) -> None:
+    """Read every file that the manifest names. Raises BundleDamaged."""
     for member in bundle.manifest.members:
         bundle.read(member)
+        if member.calibration:
+            bundle.read(member.calibration)
     for picture in bundle.manifest.golden:
         bundle.read(picture)
-    store = EngineStore(bundle)
-    found: list[tuple[Record, bool]] = []
-    wanted = [(member, backend) for member in bundle.manifest.members for backend in engines.BACKENDS]
-    for member, backend in tqdm(wanted, "engines", unit="engine", disable=None):
-        stored = store.find(member, backend)
-        if stored:
-            found.append((stored[0], True))
-            continue
-        record, compiled = build(bundle, member, backend)
-        store.add(record, compiled)
-        found.append((record, False))
-    return found
 
 
-def table(found: list[tuple[Record, bool]], tolerance: float) -> str:
-    """The records as aligned text."""
+def table(rows: list[Row], chosen: set[str]) -> str:
+    """The rows as aligned text."""
     rates = [f"views/s x{n}" for n in TIMED_BATCHES]
-    rows = [["member", "backend", "precision", *rates, "max |dp|", "build s", "verdict"]]
-    for record, reused in found:
-        rows.append(
+    cells = [["member", "backend", "precision", *rates, "agreement", "max |dp|", "MB", "build s", "verdict"]]
+    for row in rows:
+        if row.record is None:
+            cells.append([row.member, row.backend, row.precision, "", "", "", "", "", "", "", row.note])
+            continue
+        record = row.record
+        verdict = "chosen" if record.key in chosen else record.verdict
+        cells.append(
             [
                 record.member,
                 f"{record.backend} {record.version}",
                 record.precision,
                 *(f"{record.views_per_second[str(n)]:,.0f}" for n in TIMED_BATCHES),
-                f"{record.golden_difference:.1e}",
+                f"{record.agreement:.1%} of {record.gate_views}",
+                f"{record.difference:.1e}",
+                f"{record.size / 1e6:.1f}",
                 f"{record.build_seconds:.2f}",
-                f"within {tolerance:g}" + (", reused" if reused else ", built"),
+                f"{verdict}, {row.note}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
 def main() -> None:
@@ -122,14 +248,36 @@ def main() -> None:
     parser.add_argument(
         "bundle", type=Path, nargs="?", default=SHIPPED, help="a bundle's folder (default: %(default)s)"
     )
+    parser.add_argument("--calibration", type=Path, metavar="DIR", help="pictures, for INT8 and for the gate")
+    parser.add_argument("--only", action="append", metavar="MEMBER", help="this member (may be repeated)")
+    parser.add_argument("--precision", action="append", choices=get_args(Precision), help="(may be repeated)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be built or reused")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     arguments = parser.parse_args()
     try:
         bundle = Bundle.open(arguments.bundle)
-        found = build_all(bundle)
-    except (BundleError, engines.BackendUnavailable, OSError) as problem:
+        names = [member.name for member in bundle.manifest.members]
+        if unknown := set(arguments.only or names) - set(names):
+            parser.error(f"no member named {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        rows = build_all(
+            bundle,
+            calibration=arguments.calibration,
+            members=arguments.only,
+            precisions=arguments.precision,
+            dry_run=arguments.dry_run,
+        )
+        store = EngineStore(bundle)
+        best = [store.best(member) for member in bundle.manifest.members]
+    except (BundleError, CalibrationError, engines.BackendUnavailable, OSError) as problem:
         sys.exit(f"build_engines: {problem}")
-    print(table(found, bundle.manifest.golden_tolerance))
-    print(f"{bundle.identity}: written to {EngineStore(bundle).folder / REPORT}")
+    if arguments.json:
+        print((store.folder / REPORT).read_text(), end="")
+        return
+    print(table(rows, {record.key for record in best if record}))
+    print(
+        f"{bundle.identity}: chosen by views/s x{DECISIVE_BATCH} among those that passed; "
+        f"written to {store.folder / REPORT}"
+    )
 
 
 if __name__ == "__main__":

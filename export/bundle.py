@@ -2,6 +2,7 @@
 
     bundle.json      the manifest below: members, labels, preprocessing, measured errors, golden images, provenance
     members/*.onnx   one graph a member: uint8 (n, h, w, 3) in, float32 (n, classes) probabilities out
+    members/*.calibration.safetensors   what its INT8 engines are made with, if it was calibrated
     golden/*.png     pictures whose probabilities the manifest records
 
 Every file is named in the manifest with its SHA-256 and checked before it is used. No torch, and no ONNX library.
@@ -71,6 +72,15 @@ class Measured(_Part):
     measured_by: str
 
 
+class CalibrationFile(_Part):
+    """Ranges of activations and integer weights (export/quantize.py), found on so many images of a data set."""
+
+    file: RelativePath
+    sha256: Sha256
+    dataset: str
+    images: int = Field(gt=0)
+
+
 class Member(_Part):
     """One network of the ensemble."""
 
@@ -81,6 +91,7 @@ class Member(_Part):
     preprocessing: Preprocessing
     recipe: dict[str, str | int | float | list[float]]
     measured: tuple[Measured, ...]
+    calibration: CalibrationFile | None = None
 
 
 class Golden(_Part):
@@ -150,8 +161,8 @@ class Bundle:
             where = ".".join(str(part) for part in first["loc"]) or "it"
             raise BundleInvalid(f"{file} is not valid: {where}: {first['msg']}; {_remedy(path)}") from None
 
-    def read(self, part: Member | Golden) -> bytes:
-        """The bytes of a member's graph or of a golden picture, checked. Raises BundleDamaged."""
+    def read(self, part: Member | CalibrationFile | Golden) -> bytes:
+        """The bytes of a member's graph or calibration, or of a golden picture, checked. Raises BundleDamaged."""
         file = self.path / part.file
         try:
             content = file.read_bytes()

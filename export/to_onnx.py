@@ -6,7 +6,8 @@ Each graph takes uint8 (n, h, w, 3) and answers float32 (n, classes) probabiliti
 are inside, batch norm is folded into the convolutions, and n, h and w are dynamic. Pixels last is the order in which
 decoders deliver them; the transposition inside the graph was measured to cost nothing (ResNet-20, 20 views on one
 Zen 5 core, ONNX Runtime 1.32.0: 14.77 ms with it, 14.75 ms for a graph that takes channels first). Every graph is
-checked against torch before anything is written.
+checked against torch before anything is written. With --calibration DIR, a folder with CIFAR's official files or with
+pictures, the bundle also holds what INT8 engines are made with.
 """
 
 import argparse
@@ -29,8 +30,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from resnet_ensemble.export import drawings, engines
-from resnet_ensemble.export.bundle import Bundle, Golden, Manifest, Measured, Member, write
+from resnet_ensemble.export import drawings, engines, gate, quantize
+from resnet_ensemble.export.bundle import Bundle, CalibrationFile, Golden, Manifest, Measured, Member, write
+from resnet_ensemble.export.gate import CalibrationError
 from resnet_ensemble.training import checkpoint, cifar
 from resnet_ensemble.training.checkpoint import Checkpoint
 from resnet_ensemble.training.model import parameter_count
@@ -108,8 +110,10 @@ def to_onnx(graph: Graph) -> bytes:
     return content
 
 
-def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str) -> Bundle:
-    """Write a bundle with one member a checkpoint."""
+def export(
+    checkpoints: list[Checkpoint], path: Path, *, name: str, version: str, calibration: Path | None = None
+) -> Bundle:
+    """Write a bundle with one member a checkpoint. Raises ExportError, DataError, CalibrationError."""
     labels = _labels(checkpoints)
     pictures = drawings.pictures()
     files = {f"golden/{title}.png": content for title, content in pictures.items()}
@@ -124,6 +128,10 @@ def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str
         title = saved.recipe.network
         file = f"members/{title}.onnx"
         files[file] = content
+        calibrated = None
+        if calibration:
+            calibrated, found = _calibrate(content, title, saved, labels, calibration)
+            files[calibrated.file] = found
         members.append(
             Member(
                 name=title,
@@ -133,6 +141,7 @@ def export(checkpoints: list[Checkpoint], path: Path, *, name: str, version: str
                 preprocessing=seen,
                 recipe=asdict(saved.recipe),
                 measured=(_validation(saved),),
+                calibration=calibrated,
             )
         )
         for picture, png in pictures.items():
@@ -199,7 +208,7 @@ def _strip_traces(model: onnx.ModelProto) -> None:
 @torch.inference_mode()
 def _compare(content: bytes, graph: Graph) -> None:
     backend = engines.backend("onnxruntime")
-    engine = backend.load(backend.compile(content))
+    engine = backend.load(backend.compile(content, "fp32"), "fp32")
     generator = np.random.default_rng(0)
     for batch, height, width in CHECKED_SHAPES:
         views = generator.integers(0, 256, (batch, height, width, 3), np.uint8)
@@ -225,6 +234,26 @@ def _labels(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
     return found.pop()
 
 
+def _calibrate(
+    content: bytes, title: str, saved: Checkpoint, labels: tuple[str, ...], source: Path
+) -> tuple[CalibrationFile, bytes]:
+    """What INT8 engines are made with: found on training images of CIFAR, or on a folder of pictures."""
+    seen, dataset = saved.recipe.preprocessing, cifar.DATASETS.get(saved.recipe.dataset)
+    if dataset:
+        images = cifar.read(source, "train", dataset).images[: gate.MOST_IMAGES]
+        views = np.stack([make_views(Image.fromarray(image), seen, "center")[0] for image in images])
+    else:
+        views = gate.from_folder(source, seen, labels).views
+    found = quantize.calibrate(content, list(gate.batches(views)), images=len(views)).to_bytes()
+    file = CalibrationFile(
+        file=f"members/{title}.calibration.safetensors",
+        sha256=hashlib.sha256(found).hexdigest(),
+        dataset=f"{TITLES[saved.recipe.dataset]}, training images" if dataset else source.resolve().name,
+        images=len(views),
+    )
+    return file, found
+
+
 def _validation(saved: Checkpoint) -> Measured:
     last = saved.history[-1]
     return Measured(
@@ -243,13 +272,22 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders that training/train.py wrote")
     parser.add_argument("--bundle", type=Path, required=True, help="the folder to write")
     parser.add_argument("--name", help="the bundle's name (default: its folder's)")
+    parser.add_argument("--calibration", type=Path, metavar="DIR", help="CIFAR's official files, or pictures, for INT8")
     parser.add_argument("--version", default="1", help="the bundle's version (default: 1)")
     arguments = parser.parse_args()
     try:
         checkpoints = [checkpoint.load(run / "checkpoint.safetensors") for run in arguments.runs]
         name = arguments.name or arguments.bundle.resolve().name
-        bundle = export(checkpoints, arguments.bundle, name=name, version=arguments.version)
-    except (ExportError, checkpoint.CheckpointError, engines.BackendUnavailable) as problem:
+        bundle = export(
+            checkpoints, arguments.bundle, name=name, version=arguments.version, calibration=arguments.calibration
+        )
+    except (
+        ExportError,
+        CalibrationError,
+        checkpoint.CheckpointError,
+        cifar.DataError,
+        engines.BackendUnavailable,
+    ) as problem:
         raise SystemExit(str(problem)) from None
     print(f"{bundle.identity}: {len(bundle.manifest.members)} members in {bundle.path}")
 

@@ -25,8 +25,8 @@ class Settings(BaseSettings):
     """The address to listen on; 0.0.0.0 for every interface."""
     port: int = Field(default=8000, ge=0, le=65535)
     """The TCP port to listen on."""
-    backend: Literal["auto", "onnxruntime", "fake"] = "auto"
-    """What runs the members: the best that is installed, one by name, or `fake`, which needs no weights."""
+    backend: Literal["auto", "onnxruntime", "openvino", "fake"] = "auto"
+    """What runs the members: the fastest that build_engines found right, one by name, or `fake`, without weights."""
     streams: int = Field(default_factory=cores, ge=1)
     """Engine runs side by side. The default is the number of cores that this process may use."""
     max_batch: int = Field(default=32, ge=1)

@@ -1,11 +1,22 @@
-"""Engines: a bundle's member compiled for a backend and this host. One file a backend, imported only when used."""
+"""Engines: a bundle's member compiled for a backend, a precision and this host.
+
+One file a backend, imported only when used.
+"""
 
 import importlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Precision = Literal["fp32", "bf16", "int8"]
+# Where activations are quantized in an INT8 graph (export/quantize.py).
+#   inputs    the inputs of convolutions; residual sums stay in FP32
+#   trunk     every activation that a convolution reads, for all that read it, so that residual sums read bytes too
+#   integer   the trunk and both sides of each residual sum: what ONNX Runtime needs to compute sums of bytes
+#   symmetric as `trunk`, with a zero point of 0 also for activations: what TensorRT needs
+Form = Literal["inputs", "trunk", "integer", "symmetric"]
 
 
 @dataclass(frozen=True)
@@ -37,19 +48,27 @@ class Backend(Protocol):
     """What each file in this folder offers, as module functions."""
 
     def version(self) -> str:
-        """The installed version. Raises BackendUnavailable."""
+        """The installed version."""
 
-    def compile(self, graph: bytes) -> bytes:
-        """An ONNX graph optimised for this host, to be stored and loaded again."""
+    def precisions(self) -> tuple[Precision, ...]:
+        """What it computes in on this host."""
 
-    def load(self, compiled: bytes) -> Engine:
+    def int8_form(self) -> Form:
+        """Where it wants activations quantized."""
+
+    def compile(self, graph: bytes, precision: Precision) -> bytes:
+        """An ONNX graph optimised for this host, to be stored and loaded again. For int8, a quantized graph."""
+
+    def load(self, compiled: bytes, precision: Precision) -> Engine:
         """An engine from what `compile` made."""
 
 
 # Every backend that can run a bundle's graphs. The fake one, which has no weights, is asked for by name.
-BACKENDS = ("onnxruntime",)
-_MODULES = {"onnxruntime": "onnx_runtime"}
-_REMEDY = {"onnxruntime": "pip install 'resnet-ensemble[cpu]'"}
+BACKENDS = ("onnxruntime", "openvino")
+# What runs a bundle where nothing was built.
+DEFAULT = "onnxruntime"
+_MODULES = {"onnxruntime": "onnx_runtime", "openvino": "openvino_cpu"}
+_REMEDY = {"onnxruntime": "pip install 'resnet-ensemble[cpu]'", "openvino": "pip install 'resnet-ensemble[openvino]'"}
 
 
 class BackendUnavailable(Exception):
@@ -63,3 +82,14 @@ def backend(name: str) -> Backend:
     except ImportError as error:
         raise BackendUnavailable(f"the backend {name} is not installed ({error}); {_REMEDY[name]}") from None
     return module
+
+
+def available() -> list[tuple[str, Precision]]:
+    """Every backend and precision of this host."""
+    found: list[tuple[str, Precision]] = []
+    for name in BACKENDS:
+        try:
+            found += [(name, precision) for precision in backend(name).precisions()]
+        except BackendUnavailable:  # an extra that is not installed is no fault
+            continue
+    return found

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU.
+"""ONNX Runtime on the CPU: FP32 and INT8.
 
 One run uses one thread, and several runs go side by side, one a core. On two Zen 5 cores that gave 98.7 images/s, and
 one run at a time with two threads 42.4 (ResNet-20 and 32, 10 views each; ONNX Runtime 1.32.0; medians of 7 rounds).
@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from resnet_ensemble.export.engines import Engine, EngineInfo
+from resnet_ensemble.export.engines import Engine, EngineInfo, Form, Precision
 
 _QUIET = 3  # errors only: level 2 warns that a stored graph suits only this kind of CPU, which its fingerprint knows
 
@@ -20,11 +20,11 @@ _QUIET = 3  # errors only: level 2 warns that a stored graph suits only this kin
 class OnnxRuntimeEngine:
     """A session on the CPU."""
 
-    def __init__(self, graph: bytes) -> None:
+    def __init__(self, graph: bytes, precision: Precision) -> None:
         # The graph comes from `compile`, already optimised.
         options = _options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self.info = EngineInfo("onnxruntime", version(), "fp32", "cpu", threads=1)
+        self.info = EngineInfo("onnxruntime", version(), precision, "cpu", threads=1)
 
     def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities (n, classes) of views (n, h, w, 3)."""
@@ -40,7 +40,17 @@ def version() -> str:
     return onnxruntime.__version__  # type: ignore[no-any-return]
 
 
-def compile(graph: bytes) -> bytes:  # noqa: A001  # the backends' common verb
+def precisions() -> tuple[Precision, ...]:
+    """It has no convolution in BF16."""
+    return ("fp32", "int8")
+
+
+def int8_form() -> Form:
+    """A convolution is computed in integers only if its output is quantized, too."""
+    return "integer"
+
+
+def compile(graph: bytes, precision: Precision) -> bytes:  # noqa: A001, ARG001  # an INT8 graph says itself that it is
     """Fuse operators and lay weights out for this CPU, once, so that servers start sooner."""
     with tempfile.TemporaryDirectory() as folder:
         options = _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
@@ -49,9 +59,9 @@ def compile(graph: bytes) -> bytes:  # noqa: A001  # the backends' common verb
         return Path(folder, "optimised.onnx").read_bytes()
 
 
-def load(compiled: bytes) -> Engine:
+def load(compiled: bytes, precision: Precision) -> Engine:
     """An engine from what `compile` made."""
-    return OnnxRuntimeEngine(compiled)
+    return OnnxRuntimeEngine(compiled, precision)
 
 
 def _options(level: onnxruntime.GraphOptimizationLevel) -> onnxruntime.SessionOptions:

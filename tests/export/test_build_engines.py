@@ -1,5 +1,6 @@
 """The command, run as a person runs it, on copies of the shipped bundle."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -7,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from resnet_ensemble.export import drawings, engines
 from resnet_ensemble.export.bundle import Bundle
 
 
@@ -21,17 +24,94 @@ def build(root: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_it_builds_verifies_and_times_every_member_and_reuses_what_is_valid(root: Path, bundle: Path) -> None:
+def report(bundle: Path) -> dict[str, dict[str, object]]:
+    content: dict[str, dict[str, dict[str, object]]] = json.loads(
+        (bundle.parent / "cifar10.engines" / "engines.json").read_text()
+    )
+    return content["engines"]
+
+
+def test_it_builds_verifies_and_times_every_engine_and_reuses_what_is_valid(root: Path, bundle: Path) -> None:
     first = build(root, bundle)
     second = build(root, bundle)
 
-    report = json.loads((bundle.parent / "cifar10.engines" / "engines.json").read_text())
-    members = [member.name for member in Bundle.open(bundle).manifest.members]
-    assert list(report["engines"]) == [f"{name}/onnxruntime" for name in sorted(members)]
-    assert all(engine["golden_difference"] < 1e-4 for engine in report["engines"].values())
-    assert all(engine["views_per_second"]["10"] > 0 for engine in report["engines"].values())
-    assert (first.returncode, first.stdout.count(", built")) == (0, len(members)), first.stderr
-    assert (second.returncode, second.stdout.count(", reused")) == (0, len(members)), second.stderr
+    members = Bundle.open(bundle).manifest.members
+    made = [v for v in engines.available() if v[1] != "int8" or members[0].calibration]
+    found = report(bundle)
+    assert set(found) == {f"{member.name}/{b}/{p}" for member in members for b, p in made}
+    assert all(engine["views_per_second"]["10"] > 0 for engine in found.values())
+    assert all(engine["golden_difference"] < 1e-4 for key, engine in found.items() if key.endswith("fp32"))
+    assert (first.returncode, first.stdout.count(", built")) == (0, len(found)), first.stderr
+    assert (second.returncode, second.stdout.count(", reused")) == (0, len(found)), second.stderr
+    assert first.stdout.count("chosen, ") == second.stdout.count("chosen, ") == len(members)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Pictures that look like something: drawings under small changes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, content in drawings.pictures().items():
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        for i in range(4):
+            image.rotate(5 * i).resize((40 + i, 40)).save(folder / f"{name}-{i}.png")
+    return folder
+
+
+def test_with_pictures_int8_is_calibrated_gated_and_reused(root: Path, bundle: Path, photos: Path) -> None:
+    member = Bundle.open(bundle).manifest.members[0].name
+    options = (bundle, "--calibration", photos, "--only", member, "--precision", "int8")
+    first, second = build(root, *options), build(root, *options)
+    (photos / "another.png").write_bytes(drawings.pictures()["ship"])
+    third = build(root, *options)
+
+    found = report(bundle)
+    int8 = [f"{member}/{b}/{p}" for b, p in engines.available() if p == "int8"]
+    assert set(found) == set(int8)
+    assert all(engine["gate_views"] == 33 and 0 < engine["difference"] < 1 for engine in found.values())
+    assert (first.stdout.count(", built"), second.stdout.count(", reused")) == (len(int8), len(int8)), first.stderr
+    assert third.stdout.count(", built") == len(int8)  # other pictures, other engines
+
+
+def test_a_dry_run_says_what_would_be_built_and_builds_nothing(root: Path, bundle: Path) -> None:
+    result = build(root, bundle, "--dry-run", "--precision", "fp32")
+
+    assert result.stdout.count("would be built") == len(Bundle.open(bundle).manifest.members) * len(engines.BACKENDS)
+    assert not list((bundle.parent / "cifar10.engines").glob("*.engine"))
+
+
+def test_the_report_can_be_printed(root: Path, bundle: Path) -> None:
+    member = Bundle.open(bundle).manifest.members[0].name
+
+    result = build(root, bundle, "--only", member, "--precision", "fp32", "--json")
+
+    assert json.loads(result.stdout)["engines"] == report(bundle)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "resnet1000"], "no member named resnet1000; there are resnet20"),
+        (["--calibration", "nowhere"], "no pictures in nowhere"),
+    ],
+)
+def test_mistakes_are_named(root: Path, bundle: Path, arguments: list[str], message: str) -> None:
+    result = build(root, bundle, *arguments)
+
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_two_builders_at_once_give_one_good_store(root: Path, bundle: Path) -> None:
+    command = [sys.executable, "export/build_engines.py", str(bundle), "--precision", "fp32"]
+    both = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=120)[0] for process in both]
+
+    built = len(Bundle.open(bundle).manifest.members) * len(engines.BACKENDS)
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(text.count(", built") for text in printed) == [0, built]
+    assert len(report(bundle)) == built
 
 
 def test_a_corrupted_member_stops_it_and_says_what_to_do(root: Path, bundle: Path) -> None:
@@ -64,11 +144,11 @@ def test_a_wrong_golden_value_stops_it_and_says_what_to_do(root: Path, bundle: P
 
 
 def test_a_damaged_engine_is_built_again(root: Path, bundle: Path) -> None:
-    build(root, bundle)
-    engine = next((bundle.parent / "cifar10.engines").glob("*.engine"))
+    build(root, bundle, "--precision", "fp32")
+    engine = min((bundle.parent / "cifar10.engines").glob("*.engine"))
     engine.write_bytes(engine.read_bytes()[:-1])
 
-    result = build(root, bundle)
+    result = build(root, bundle, "--precision", "fp32")
 
     assert (result.returncode, result.stdout.count(", built")) == (0, 1)
 

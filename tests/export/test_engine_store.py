@@ -1,11 +1,13 @@
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from resnet_ensemble.export import engine_store, engines, host
-from resnet_ensemble.export.build_engines import build
+from resnet_ensemble.export import engine_store, engines, gate, host
+from resnet_ensemble.export.build_engines import Workshop
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engine_store import EngineStore, Record, fingerprint
 
@@ -20,17 +22,32 @@ def bundle(shipped: Bundle, tmp_path: Path) -> Bundle:
 @pytest.fixture
 def stored(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> tuple[Record, bytes]:
     monkeypatch.setattr("resnet_ensemble.export.build_engines.SECONDS_PER_TIMING", 0.01)
-    record, content = build(bundle, bundle.manifest.members[0], BACKEND)
+    member = bundle.manifest.members[0]
+    workshop = Workshop(bundle, member, gate.from_golden(bundle, member), own_calibration=True)
+    record, content = workshop.build(BACKEND, "fp32")
     EngineStore(bundle).add(record, content)
     return record, content
 
 
+def find(bundle: Bundle, member: int = 0) -> Record | None:
+    return EngineStore(bundle).find(bundle.manifest.members[member], BACKEND, "fp32")
+
+
 def test_a_stored_engine_is_found_with_what_was_measured(bundle: Bundle, stored: tuple[Record, bytes]) -> None:
-    assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND) == stored
+    assert find(bundle) == stored[0]
+    assert EngineStore(bundle).read(stored[0]) == stored[1]
 
 
-def test_nothing_is_found_for_another_member(bundle: Bundle, stored: tuple[Record, bytes]) -> None:
-    assert EngineStore(bundle).find(bundle.manifest.members[1], BACKEND) is None
+def test_nothing_is_found_for_another_member_or_precision(bundle: Bundle, stored: tuple[Record, bytes]) -> None:
+    assert find(bundle, member=1) is None
+    assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND, "int8") is None
+
+
+def test_an_engine_of_another_calibration_is_not_used_where_one_is_asked_for(
+    bundle: Bundle, stored: tuple[Record, bytes]
+) -> None:
+    assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND, "fp32", "") == stored[0]
+    assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND, "fp32", "other pictures") is None
 
 
 def test_an_engine_of_another_cpu_is_not_used(
@@ -38,7 +55,7 @@ def test_an_engine_of_another_cpu_is_not_used(
 ) -> None:
     monkeypatch.setattr(host, "cpu", lambda: "another cpu")
 
-    assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND) is None
+    assert find(bundle) is None
 
 
 def test_an_engine_of_another_backend_version_is_not_used(
@@ -46,39 +63,97 @@ def test_an_engine_of_another_backend_version_is_not_used(
 ) -> None:
     monkeypatch.setattr(engines.backend(BACKEND), "version", lambda: "0.0")
 
-    assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND) is None
+    assert find(bundle) is None
 
 
-def test_the_fingerprint_depends_on_golden_values_and_preprocessing(bundle: Bundle) -> None:
+def test_the_fingerprint_depends_on_all_that_the_engine_does(bundle: Bundle) -> None:
     member = bundle.manifest.members[0]
     other = member.model_copy(update={"preprocessing": replace(member.preprocessing, padding=3)})
     fewer = Bundle(bundle.path, bundle.manifest.model_copy(update={"golden": bundle.manifest.golden[1:]}))
 
-    assert len({fingerprint(bundle, member, BACKEND), fingerprint(bundle, other, BACKEND)}) == 2
-    assert fingerprint(fewer, member, BACKEND) != fingerprint(bundle, member, BACKEND)
+    prints = [
+        fingerprint(bundle, member, BACKEND, "fp32", ""),
+        fingerprint(bundle, member, BACKEND, "int8", ""),
+        fingerprint(bundle, member, BACKEND, "int8", "photos"),
+        fingerprint(bundle, other, BACKEND, "fp32", ""),
+        fingerprint(fewer, member, BACKEND, "fp32", ""),
+        fingerprint(bundle, member, "openvino", "fp32", ""),
+    ]
+    assert len(set(prints)) == len(prints)
 
 
 def test_a_report_of_another_version_is_ignored(bundle: Bundle, stored: tuple[Record, bytes]) -> None:
     (EngineStore(bundle).folder / engine_store.REPORT).write_text('{"engines": {"a/b": {"unknown": 1}}}')
 
-    assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND) is None
+    assert find(bundle) is None
 
 
-def test_a_deleted_engine_is_not_found(bundle: Bundle, stored: tuple[Record, bytes]) -> None:
-    (EngineStore(bundle).folder / stored[0].file).unlink()
+@pytest.mark.parametrize("damage", ["deleted", "cut", "flipped"])
+def test_a_damaged_engine_is_not_found(bundle: Bundle, stored: tuple[Record, bytes], damage: str) -> None:
+    file, content = EngineStore(bundle).folder / stored[0].file, stored[1]
+    if damage == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-1] if damage == "cut" else content[:100] + bytes([content[100] ^ 1]) + content[101:])
 
-    assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND) is None
+    assert find(bundle) is None
+
+
+def test_the_best_is_the_fastest_that_passed(bundle: Bundle, stored: tuple[Record, bytes]) -> None:
+    store, member = EngineStore(bundle), bundle.manifest.members[0]
+    for precision, rate, verdict in (("bf16", 300.0, "passed"), ("int8", 900.0, "wrong too often")):
+        record = replace(
+            stored[0],
+            backend="openvino",
+            precision=precision,
+            file=f"{precision}.engine",
+            fingerprint=fingerprint(bundle, member, "openvino", precision, ""),
+            views_per_second={"10": rate},
+            verdict=verdict,
+        )
+        store.add(record, stored[1])
+    store.add(replace(stored[0], views_per_second={"10": 200.0}), stored[1])
+
+    available = {precision for _, precision in engines.available()}
+    best = store.best(member)
+    assert best is not None
+    assert best.precision == ("bf16" if "bf16" in available else "fp32")
+    only = store.best(member, BACKEND)
+    assert only is not None
+    assert only.precision == "fp32"
 
 
 def test_the_server_opens_the_stored_engine_and_compiles_only_what_is_missing(
     bundle: Bundle, stored: tuple[Record, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded: list[bytes] = []
     implementation = engines.backend(BACKEND)
-    monkeypatch.setattr(implementation, "load", loaded.append)
-    monkeypatch.setattr(implementation, "compile", lambda graph: b"compiled now")
+    compiled: list[bytes] = []
+    original = implementation.compile
+
+    def compile_and_note(graph: bytes, precision: engines.Precision) -> bytes:
+        compiled.append(graph)
+        return original(graph, precision)
+
+    monkeypatch.setattr(implementation, "compile", compile_and_note)
 
     for member in bundle.manifest.members[:2]:
-        engine_store.open_engine(bundle, member, BACKEND)
+        engine_store.open_engine(bundle, member)
 
-    assert loaded == [stored[1], b"compiled now"]
+    assert compiled == [bundle.read(bundle.manifest.members[1])]
+
+
+def test_a_second_builder_waits_for_the_first(bundle: Bundle) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with EngineStore(bundle).building():
+            order.append("second")
+
+    with EngineStore(bundle).building():
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join()
+
+    assert order == ["first", "second"]

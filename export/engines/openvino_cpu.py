@@ -1,0 +1,76 @@
+"""OpenVINO on the CPU: FP32, BF16 where the CPU computes in it, and INT8.
+
+One run uses one core, and as many go side by side as there are cores, like ONNX Runtime's here.
+"""
+
+import threading
+from io import BytesIO
+
+import numpy as np
+import openvino
+from numpy.typing import NDArray
+
+from resnet_ensemble.export import host
+from resnet_ensemble.export.engines import Engine, EngineInfo, Form, Precision
+
+DEVICE = "CPU"
+_core = openvino.Core()
+
+
+class OpenVinoEngine:
+    """A compiled model; each thread that runs it has a request of its own."""
+
+    def __init__(self, model: openvino.CompiledModel, precision: Precision) -> None:
+        self._model = model
+        self._local = threading.local()
+        self.info = EngineInfo("openvino", version(), precision, "cpu", threads=1)
+
+    def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities (n, classes) of views (n, h, w, 3)."""
+        if not hasattr(self._local, "request"):
+            self._local.request = self._model.create_infer_request()
+        # The answer is a copy, since the next run of this thread overwrites the request's own.
+        answer: NDArray[np.float32] = self._local.request.infer([views], share_inputs=True)[0]
+        return answer.copy()
+
+    def close(self) -> None:
+        """Drop the model."""
+        del self._model, self._local
+
+
+def version() -> str:
+    """The installed version, without the build's number."""
+    return str(openvino.__version__).split("-", maxsplit=1)[0]
+
+
+def precisions() -> tuple[Precision, ...]:
+    """FP32 and INT8; BF16 only where the CPU has instructions for it, since elsewhere it is slower than FP32."""
+    native = "BF16" in _core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    return ("fp32", "bf16", "int8") if native else ("fp32", "int8")
+
+
+def int8_form() -> Form:
+    """Residual sums are fused into the convolutions, and read bytes."""
+    return "trunk"
+
+
+def compile(graph: bytes, precision: Precision) -> bytes:  # noqa: A001  # the backends' common verb
+    """Fuse operators and lay weights out for this CPU."""
+    model = _core.compile_model(_core.read_model(graph), DEVICE, _options(precision))
+    content: bytes = model.export_model().getvalue()
+    return content
+
+
+def load(compiled: bytes, precision: Precision) -> Engine:
+    """An engine from what `compile` made."""
+    return OpenVinoEngine(_core.import_model(BytesIO(compiled), DEVICE, _options(precision)), precision)
+
+
+def _options(precision: Precision) -> dict[str, str | int]:
+    cores = host.cores()  # of our cgroup; OpenVINO would take the machine's
+    return {
+        "INFERENCE_NUM_THREADS": cores,
+        "NUM_STREAMS": cores,
+        "ENABLE_CPU_PINNING": "NO",  # other processes have their share of the cores
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+    }

@@ -1,0 +1,96 @@
+"""What every CPU engine must do, in every precision that this host has."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from resnet_ensemble.export import engines, quantize
+from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.engines import BackendUnavailable, Precision
+
+VARIANTS = engines.available()
+
+
+def views(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def calibration(shipped: Bundle) -> quantize.Calibration:
+    return quantize.calibrate(shipped.read(shipped.manifest.members[0]), [views(16, s) for s in range(4)], images=64)
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids="-".join)
+def engine(request: pytest.FixtureRequest, shipped: Bundle, calibration: quantize.Calibration) -> engines.Engine:
+    name, precision = request.param
+    backend, graph = engines.backend(name), shipped.read(shipped.manifest.members[0])
+    if precision == "int8":
+        graph = quantize.quantized(graph, calibration, backend.int8_form())
+    return backend.load(backend.compile(graph, precision), precision)
+
+
+def test_this_host_has_fp32_and_int8_of_both_backends() -> None:
+    assert {("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "fp32"), ("openvino", "int8")} <= {*VARIANTS}
+
+
+def test_answers_are_probabilities(engine: engines.Engine) -> None:
+    probabilities = engine.run(views(3))
+
+    assert probabilities.shape == (3, 10)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-2 if engine.info.precision == "bf16" else 1e-5)
+
+
+def test_an_answer_does_not_depend_on_its_batch(engine: engines.Engine) -> None:
+    batch = views(7)
+
+    alone = np.concatenate([engine.run(batch[i : i + 1]) for i in range(7)])
+
+    atol = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.02}[engine.info.precision]
+    np.testing.assert_allclose(engine.run(batch), alone, atol=atol)
+
+
+def test_an_answer_is_not_changed_by_the_next_run(engine: engines.Engine) -> None:
+    first = engine.run(views(4, 1))
+    kept = first.copy()
+
+    engine.run(views(4, 2))
+
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_it_runs_from_several_threads_at_once(engine: engines.Engine) -> None:
+    expected = [engine.run(views(4, seed)) for seed in range(16)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: engine.run(views(4, seed)), range(16)))
+
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_it_says_what_it_is(engine: engines.Engine) -> None:
+    info = engine.info
+
+    assert (info.backend, info.precision) in VARIANTS
+    assert (info.device, info.threads) == ("cpu", 1)
+    assert info.version == engines.backend(info.backend).version()
+    assert info.version[0].isdigit()
+
+
+@pytest.mark.parametrize("name", engines.BACKENDS)
+def test_a_missing_backend_says_what_to_install_and_is_not_available(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engines._MODULES, name, "not_there")
+
+    with pytest.raises(BackendUnavailable, match=r"pip install 'resnet-ensemble\[\w+\]'"):
+        engines.backend(name)
+    assert name not in {backend for backend, _ in engines.available()}
+
+
+def test_an_unknown_precision_is_no_variant() -> None:
+    precisions: set[Precision] = {precision for _, precision in VARIANTS}
+
+    assert precisions <= {"fp32", "bf16", "int8"}
