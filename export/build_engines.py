@@ -2,12 +2,16 @@
 
     python export/build_engines.py                                   # the bundle in the repository
     python export/build_engines.py PATH/TO/BUNDLE --calibration PHOTOS
+    python export/build_engines.py bundles/pair --weights resnet18.pth resnet50.pth --calibration PHOTOS
+    python export/build_engines.py bundles/v2 --ensemble torchvision-v2 --calibration PHOTOS
     python export/build_engines.py --dry-run
 
 Hashes are verified first. An FP32 engine must give the bundle's golden probabilities. BF16 and INT8 must pass the gate:
 agreement with FP32 on the pictures of --calibration or, without it, on the bundle's golden ones; with one folder of
 pictures a label, the error too. INT8 is calibrated on the same pictures, or was at export. What was found is written to
 BUNDLE.engines/ beside the bundle, where the server looks for it. A second run reuses what is still valid.
+
+With --weights or --ensemble the bundle is made first, as by export/to_onnx.py, unless it is there already.
 """
 
 import argparse
@@ -242,6 +246,21 @@ def table(rows: list[Row], chosen: set[str]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
+def _bundle(arguments: argparse.Namespace) -> Bundle:
+    if not arguments.weights and not arguments.ensemble:
+        return Bundle.open(arguments.bundle)
+    if arguments.bundle == SHIPPED:
+        sys.exit("build_engines: name the bundle's folder, so that the one in the repository stays as it is")
+    from resnet_ensemble.export import to_onnx  # noqa: PLC0415  # torch, which building alone doesn't need
+
+    try:
+        return to_onnx.export_named(
+            arguments.weights, arguments.bundle, ensemble=arguments.ensemble, labels=arguments.labels
+        )
+    except to_onnx.PROBLEMS as problem:
+        sys.exit(f"build_engines: {problem}")
+
+
 def main() -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,9 +272,14 @@ def main() -> None:
     parser.add_argument("--precision", action="append", choices=get_args(Precision), help="(may be repeated)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built or reused")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
+    parser.add_argument("--weights", nargs="+", default=[], metavar="WEIGHTS", help="make the bundle of these first")
+    parser.add_argument(
+        "--ensemble", metavar="NAME", help="make the bundle of a declared ensemble, or a TOML file, first"
+    )
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line, if the weights have none")
     arguments = parser.parse_args()
     try:
-        bundle = Bundle.open(arguments.bundle)
+        bundle = _bundle(arguments)
         names = [member.name for member in bundle.manifest.members]
         if unknown := set(arguments.only or names) - set(names):
             parser.error(f"no member named {', '.join(sorted(unknown))}; there are {', '.join(names)}")

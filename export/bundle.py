@@ -89,7 +89,7 @@ class Member(_Part):
     sha256: Sha256
     parameters: int = Field(gt=0)
     preprocessing: Preprocessing
-    recipe: dict[str, str | int | float | list[float]]
+    recipe: dict[str, str | bool | int | float | list[float]]
     measured: tuple[Measured, ...]
     calibration: CalibrationFile | None = None
 

@@ -1,6 +1,8 @@
-"""Export checkpoints to ONNX and write them as a bundle.
+"""Export trained networks to ONNX and write them as a bundle.
 
-    python export/to_onnx.py runs/resnet20-cifar10 runs/resnet32-cifar10 --bundle bundles/cifar10
+    python export/to_onnx.py runs/resnet20-cifar10 runs/resnet32-cifar10 --bundle bundles/mine
+    python export/to_onnx.py resnet18.pth resnet50:IMAGENET1K_V2 --bundle bundles/pair --calibration PHOTOS
+    python export/to_onnx.py --ensemble torchvision-v2 --bundle bundles/torchvision-v2
 
 Each graph takes uint8 (n, h, w, 3) and answers float32 (n, classes) probabilities: cast, normalisation and softmax
 are inside, batch norm is folded into the convolutions, and n, h and w are dynamic. Pixels last is the order in which
@@ -16,7 +18,7 @@ import hashlib
 import importlib.metadata
 import io
 import platform
-from dataclasses import asdict
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,13 +32,24 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from resnet_ensemble.export import drawings, engines, gate, quantize
-from resnet_ensemble.export.bundle import Bundle, CalibrationFile, Golden, Manifest, Measured, Member, write
+from resnet_ensemble.export import declared, drawings, engines, gate, quantize
+from resnet_ensemble.export.bundle import (
+    MANIFEST,
+    Bundle,
+    BundleError,
+    CalibrationFile,
+    Golden,
+    Manifest,
+    Member,
+    write,
+)
+from resnet_ensemble.export.declared import Declared, DeclaredMember
 from resnet_ensemble.export.gate import CalibrationError
-from resnet_ensemble.training import checkpoint, cifar
-from resnet_ensemble.training.checkpoint import Checkpoint
+from resnet_ensemble.export.weights import Source, WeightsError
+from resnet_ensemble.training import cifar
+from resnet_ensemble.training.checkpoint import CheckpointError
+from resnet_ensemble.training.cifar import DataError
 from resnet_ensemble.training.model import parameter_count
-from resnet_ensemble.training.recipes import new_network
 from resnet_ensemble.training.views import Preprocessing, make_views
 
 OPSET = 20
@@ -44,7 +57,6 @@ PROTOCOL = "10crop"
 # (batch, height, width) at which the exported graph must agree with torch.
 CHECKED_SHAPES = ((1, 32, 32), (5, 32, 32), (3, 40, 33), (2, 47, 64), (1, 224, 224))
 TOLERANCE = 1e-4
-TITLES = {"imagenet": "ImageNet"} | {name: dataset.title for name, dataset in cifar.DATASETS.items()}
 
 
 class ExportError(Exception):
@@ -76,13 +88,6 @@ class Graph(nn.Module):
         return torch.softmax(self.network(x * self.scale + shift), dim=1)  # (n, classes)
 
 
-def network_of(saved: Checkpoint) -> nn.Module:
-    """The checkpoint's network in evaluation mode."""
-    made = new_network(saved.recipe)
-    made.load_state_dict(saved.weights)
-    return made.eval()
-
-
 def to_onnx(graph: Graph) -> bytes:
     """Serialize, with batch norm folded and n, h, w dynamic. Raises ExportError where it differs from torch."""
     folded = copy.deepcopy(graph)
@@ -111,36 +116,43 @@ def to_onnx(graph: Graph) -> bytes:
 
 
 def export(
-    checkpoints: list[Checkpoint], path: Path, *, name: str, version: str, calibration: Path | None = None
+    sources: Sequence[Source],
+    path: Path,
+    *,
+    name: str,
+    version: str,
+    protocol: str = PROTOCOL,
+    calibration: Path | None = None,
+    identity: str = "",
 ) -> Bundle:
-    """Write a bundle with one member a checkpoint. Raises ExportError, DataError, CalibrationError."""
-    labels = _labels(checkpoints)
+    """Write a bundle with one member a source. Raises ExportError, DataError, CalibrationError.
+
+    `identity` says in the manifest what it was made from (`Declared.identity`).
+    """
+    labels = _labels(sources)
     pictures = drawings.pictures()
     files = {f"golden/{title}.png": content for title, content in pictures.items()}
     members: list[Member] = []
     expected: dict[str, dict[str, tuple[float, ...]]] = {title: {} for title in pictures}
-    for saved in tqdm(checkpoints, "export", unit="member", disable=None):
-        if not saved.finished:
-            raise ExportError(f"{saved.recipe.name} is not trained to its last epoch; run training/train.py again")
-        trained, seen = network_of(saved), saved.recipe.preprocessing
-        graph = Graph(trained, seen, saved.mean_image).eval()
+    for source, title in zip(tqdm(sources, "export", unit="member", disable=None), _titles(sources), strict=True):
+        seen = source.preprocessing
+        graph = Graph(source.network, seen, source.mean_image).eval()
         content = to_onnx(graph)
-        title = saved.recipe.network
         file = f"members/{title}.onnx"
         files[file] = content
         calibrated = None
         if calibration:
-            calibrated, found = _calibrate(content, title, saved, labels, calibration)
+            calibrated, found = _calibrate(content, title, source, calibration)
             files[calibrated.file] = found
         members.append(
             Member(
                 name=title,
                 file=file,
                 sha256=hashlib.sha256(content).hexdigest(),
-                parameters=parameter_count(trained),
+                parameters=parameter_count(source.network),
                 preprocessing=seen,
-                recipe=asdict(saved.recipe),
-                measured=(_validation(saved),),
+                recipe=source.recipe,
+                measured=source.measured,
                 calibration=calibrated,
             )
         )
@@ -150,7 +162,7 @@ def export(
         format=1,
         name=name,
         version=version,
-        protocol=PROTOCOL,
+        protocol=protocol,
         labels=labels,
         members=tuple(members),
         golden_protocol=PROTOCOL,
@@ -165,8 +177,8 @@ def export(
         ),
         measured=(),
         provenance={
-            "weights": f"trained by this project on {TITLES[checkpoints[0].recipe.dataset]}'s training images; MIT",
             "golden": "drawn by export/drawings.py; probabilities by torch in float32",
+            "weights": identity,
             "torch": torch.__version__,
             "onnx": importlib.metadata.version("onnx"),
             "python": platform.python_version(),
@@ -226,69 +238,111 @@ def _expect(graph: Graph, png: bytes, seen: Preprocessing) -> tuple[float, ...]:
     return tuple(round(float(value), 7) for value in mean)
 
 
-def _labels(checkpoints: list[Checkpoint]) -> tuple[str, ...]:
+def _labels(sources: Sequence[Source]) -> tuple[str, ...]:
     """The labels that all of them have."""
-    found = {saved.labels or cifar.DATASETS[saved.recipe.dataset].labels for saved in checkpoints}
+    found = {source.labels for source in sources}
     if len(found) != 1:
         raise ExportError("the networks have different labels, so they are no ensemble")
     return found.pop()
 
 
-def _calibrate(
-    content: bytes, title: str, saved: Checkpoint, labels: tuple[str, ...], source: Path
-) -> tuple[CalibrationFile, bytes]:
+def _titles(sources: Sequence[Source]) -> list[str]:
+    """One name each: two networks of one name become resnet152-1 and resnet152-2."""
+    names = [source.name for source in sources]
+    return [f"{name}-{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _calibrate(content: bytes, title: str, source: Source, folder: Path) -> tuple[CalibrationFile, bytes]:
     """What INT8 engines are made with: found on training images of CIFAR, or on a folder of pictures."""
-    seen, dataset = saved.recipe.preprocessing, cifar.DATASETS.get(saved.recipe.dataset)
+    dataset = cifar.DATASETS.get(source.dataset)
     if dataset:
-        images = cifar.read(source, "train", dataset).images[: gate.MOST_IMAGES]
-        views = np.stack([make_views(Image.fromarray(image), seen, "center")[0] for image in images])
+        images = cifar.read(folder, "train", dataset).images[: gate.MOST_IMAGES]
+        views = np.stack([make_views(Image.fromarray(image), source.preprocessing, "center")[0] for image in images])
     else:
-        views = gate.from_folder(source, seen, labels).views
+        views = gate.from_folder(folder, source.preprocessing, source.labels).views
     found = quantize.calibrate(content, list(gate.batches(views)), images=len(views)).to_bytes()
     file = CalibrationFile(
         file=f"members/{title}.calibration.safetensors",
         sha256=hashlib.sha256(found).hexdigest(),
-        dataset=f"{TITLES[saved.recipe.dataset]}, training images" if dataset else source.resolve().name,
+        dataset=f"{dataset.title}, training images" if dataset else folder.resolve().name,
         images=len(views),
     )
     return file, found
 
 
-def _validation(saved: Checkpoint) -> Measured:
-    last = saved.history[-1]
-    return Measured(
-        dataset=TITLES[saved.recipe.dataset],
-        split="val",
-        protocol="center",
-        images=last.val_images,
-        top1_error=round(last.val_error, 4),
-        measured_by=f"python training/train.py {saved.recipe.name}",
+def export_named(
+    weights: Sequence[str],
+    path: Path,
+    *,
+    ensemble: str | None = None,
+    labels: Path | None = None,
+    name: str | None = None,
+    version: str = "1",
+    calibration: Path | None = None,
+) -> Bundle:
+    """The bundle of the weights, or of the ensemble, of that name. One that is there already is not made again.
+
+    Raises what PROBLEMS lists.
+    """
+    chosen = (
+        declared.load(ensemble)
+        if ensemble
+        else Declared(labels=labels, members=tuple(DeclaredMember(weights=text) for text in weights))
     )
+    identity = chosen.identity()
+    if (path / MANIFEST).is_file() and not calibration:
+        bundle = Bundle.open(path)
+        if bundle.manifest.provenance.get("weights") == identity:
+            return bundle
+    return export(
+        chosen.read(),
+        path,
+        name=name or path.resolve().name,
+        version=version,
+        protocol=chosen.protocol,
+        calibration=calibration,
+        identity=identity,
+    )
+
+
+PROBLEMS = (
+    BundleError,
+    ExportError,
+    CalibrationError,
+    WeightsError,
+    CheckpointError,
+    DataError,
+    engines.BackendUnavailable,
+)
 
 
 def main() -> None:
     """Parse the command line and export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders that training/train.py wrote")
+    parser.add_argument(
+        "weights", nargs="*", metavar="WEIGHTS", help="a run's folder, a file, or resnet50:IMAGENET1K_V2"
+    )
     parser.add_argument("--bundle", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--name", help="the bundle's name (default: its folder's)")
     parser.add_argument("--calibration", type=Path, metavar="DIR", help="CIFAR's official files, or pictures, for INT8")
+    parser.add_argument("--ensemble", metavar="NAME", help="a declared ensemble (export/ensembles/), or a TOML file")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line, if the weights have none")
+    parser.add_argument("--name", help="the bundle's name (default: its folder's)")
     parser.add_argument("--version", default="1", help="the bundle's version (default: 1)")
     arguments = parser.parse_args()
+    if bool(arguments.weights) == bool(arguments.ensemble):
+        parser.error("give WEIGHTS, or --ensemble NAME")
     try:
-        checkpoints = [checkpoint.load(run / "checkpoint.safetensors") for run in arguments.runs]
-        name = arguments.name or arguments.bundle.resolve().name
-        bundle = export(
-            checkpoints, arguments.bundle, name=name, version=arguments.version, calibration=arguments.calibration
+        bundle = export_named(
+            arguments.weights,
+            arguments.bundle,
+            ensemble=arguments.ensemble,
+            labels=arguments.labels,
+            name=arguments.name,
+            version=arguments.version,
+            calibration=arguments.calibration,
         )
-    except (
-        ExportError,
-        CalibrationError,
-        checkpoint.CheckpointError,
-        cifar.DataError,
-        engines.BackendUnavailable,
-    ) as problem:
-        raise SystemExit(str(problem)) from None
+    except PROBLEMS as problem:
+        raise SystemExit(f"to_onnx: {problem}") from None
     print(f"{bundle.identity}: {len(bundle.manifest.members)} members in {bundle.path}")
 
 

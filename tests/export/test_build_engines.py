@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from resnet_ensemble.export import drawings, engines
 from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.training.model import cifar
 
 
 @pytest.fixture
@@ -99,6 +101,37 @@ def test_mistakes_are_named(root: Path, bundle: Path, arguments: list[str], mess
     result = build(root, bundle, *arguments)
 
     assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_with_weights_the_bundle_is_made_first_and_only_once(root: Path, tmp_path: Path) -> None:
+    torch.save(cifar(8, classes=3).state_dict(), tmp_path / "mine.pth")
+    (tmp_path / "labels.txt").write_text("red\ngreen\nblue\n")
+    options = ("--weights", tmp_path / "mine.pth", "--labels", tmp_path / "labels.txt", "--precision", "fp32")
+
+    first = build(root, tmp_path / "made", *options)
+    written = (tmp_path / "made" / "bundle.json").stat().st_mtime_ns
+    second = build(root, tmp_path / "made", *options)
+
+    manifest = Bundle.open(tmp_path / "made").manifest
+    assert (manifest.labels, [member.name for member in manifest.members]) == (("red", "green", "blue"), ["resnet8"])
+    assert first.stdout.count(", built") == second.stdout.count(", reused") == 2, first.stderr
+    assert (tmp_path / "made" / "bundle.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bundles/x", "--weights", "none.pth"], "no weights at none.pth"),
+        (["bundles/x", "--ensemble", "none"], "no ensemble none"),
+        (["--weights", "none.pth"], "name the bundle's folder"),
+    ],
+)
+def test_weights_that_can_t_be_had_are_named(root: Path, arguments: list[str], message: str) -> None:
+    result = build(root, *arguments)
+
+    assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -8,8 +8,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
-from resnet_ensemble.export import to_onnx
+from resnet_ensemble.export import quantize, to_onnx, weights
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.training import augment
 from resnet_ensemble.training.checkpoint import Checkpoint, Epoch
@@ -32,9 +33,13 @@ def saved() -> Checkpoint:
     )
 
 
+def source(saved: Checkpoint) -> weights.Source:
+    return weights.from_checkpoint(saved)
+
+
 @pytest.fixture(scope="module")
 def graph(saved: Checkpoint) -> to_onnx.Graph:
-    return to_onnx.Graph(to_onnx.network_of(saved), RECIPE.preprocessing).eval()
+    return to_onnx.Graph(source(saved).network, RECIPE.preprocessing).eval()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def test_the_interface_is_bytes_in_and_probabilities_out(exported: bytes) -> Non
 
 def test_a_mean_image_is_resized_to_the_views(saved: Checkpoint) -> None:
     mean_image = torch.rand(32, 32, 3)
-    graph = to_onnx.Graph(to_onnx.network_of(saved), RECIPE.preprocessing, mean_image).eval()
+    graph = to_onnx.Graph(source(saved).network, RECIPE.preprocessing, mean_image).eval()
     views = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
     larger = np.random.default_rng(1).integers(0, 256, (2, 40, 48, 3), np.uint8)
 
@@ -85,7 +90,7 @@ def test_networks_with_different_labels_are_no_bundle(saved: Checkpoint, tmp_pat
     other = replace(saved, labels=tuple("abcdefghij"))
 
     with pytest.raises(to_onnx.ExportError, match="different labels"):
-        to_onnx.export([saved, other], tmp_path / "b", name="b", version="1")
+        to_onnx.export([source(saved), source(other)], tmp_path / "b", name="b", version="1")
 
 
 def test_batch_norm_is_folded_away(exported: bytes) -> None:
@@ -108,7 +113,7 @@ def test_a_graph_that_is_another_network_is_refused(graph: to_onnx.Graph, export
 
 
 def test_an_exported_bundle_is_complete(saved: Checkpoint, tmp_path: Path) -> None:
-    to_onnx.export([saved], tmp_path / "b", name="b", version="1")
+    to_onnx.export([source(saved)], tmp_path / "b", name="b", version="1")
 
     bundle = Bundle.open(tmp_path / "b")
     (member,) = bundle.manifest.members
@@ -119,9 +124,23 @@ def test_an_exported_bundle_is_complete(saved: Checkpoint, tmp_path: Path) -> No
     bundle.read(member)
 
 
-def test_a_run_that_is_not_finished_is_not_exported(saved: Checkpoint, tmp_path: Path) -> None:
-    unfinished = replace(saved, finished=False)
+def test_two_networks_of_one_name_get_numbers(saved: Checkpoint, tmp_path: Path) -> None:
+    bundle = to_onnx.export([source(saved)] * 2, tmp_path / "b", name="b", version="1")
 
-    with pytest.raises(to_onnx.ExportError, match="not trained to its last epoch"):
-        to_onnx.export([unfinished], tmp_path / "b", name="b", version="1")
-    assert not (tmp_path / "b").exists()
+    assert [member.name for member in bundle.manifest.members] == ["resnet8-1", "resnet8-2"]
+
+
+def test_a_calibration_travels_with_its_member(saved: Checkpoint, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)
+        Image.fromarray(noise).save(photos / f"{i}.png")
+    mine = replace(source(saved), dataset="mine")
+
+    bundle = to_onnx.export([mine], tmp_path / "b", name="b", version="1", calibration=photos)
+
+    (member,) = Bundle.open(tmp_path / "b").manifest.members
+    assert member.calibration is not None
+    assert (member.calibration.dataset, member.calibration.images) == ("photos", 3)
+    assert quantize.from_bytes(bundle.read(member.calibration)).images == 3

@@ -1,0 +1,108 @@
+"""Ensembles declared in small TOML files: those in export/ensembles/, and anyone's own.
+
+    protocol = "10crop"                              # what the bundle runs by default
+    labels = "labels.txt"                            # one a line; not needed for ImageNet, CIFAR and our checkpoints
+    members = [
+      { weights = "resnet50:IMAGENET1K_V2" },        # export/weights.py says what may stand here
+      { weights = "mine.pth", name = "mine", resize = 232, crop = 224, stride = "v1" },
+    ]
+
+Paths are relative to the current folder.
+"""
+
+import hashlib
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from resnet_ensemble.export import weights
+from resnet_ensemble.export.bundle import Protocol
+from resnet_ensemble.export.weights import IMAGENET, Source, WeightsError
+from resnet_ensemble.training.model import Stride
+from resnet_ensemble.training.views import Preprocessing
+
+FOLDER = Path(__file__).parent / "ensembles"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DeclaredMember(_Part):
+    """Weights and, where they don't say it themselves, how they want to see a picture."""
+
+    weights: str
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9._-]+$")] | None = None
+    stride: Stride = "v1.5"
+    resize: int | None = None
+    crop: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+    def read(self, labels: tuple[str, ...] | None) -> Source:
+        """Find and read the weights. Raises WeightsError, CheckpointError."""
+        return weights.read(
+            self.weights, name=self.name, preprocessing=self._preprocessing(), labels=labels, stride_at=self.stride
+        )
+
+    def _preprocessing(self) -> Preprocessing | None:
+        if not any((self.resize, self.crop, self.mean, self.std)):
+            return None
+        try:
+            return Preprocessing(
+                resize=self.resize or IMAGENET.resize,
+                crop=self.crop or IMAGENET.crop,
+                mean=self.mean or IMAGENET.mean,
+                std=self.std or IMAGENET.std,
+            )
+        except ValueError as error:
+            raise WeightsError(f"{self.weights}: {error}") from None
+
+
+class Declared(_Part):
+    """An ensemble before its weights are read."""
+
+    protocol: Protocol = "10crop"
+    labels: Path | None = None
+    members: tuple[DeclaredMember, ...] = Field(min_length=1)
+
+    def identity(self) -> str:
+        """A hash of the declaration and of the files that it names: the same as long as the bundle would be."""
+        digest = hashlib.sha256(self.model_dump_json().encode())
+        for named in (*(member.weights for member in self.members), str(self.labels or "")):
+            path = Path(named) / "checkpoint.safetensors" if Path(named).is_dir() else Path(named)
+            if path.is_file():
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    def read(self) -> list[Source]:
+        """Every member. Raises WeightsError, CheckpointError."""
+        labels = read_labels(self.labels) if self.labels else None
+        return [member.read(labels) for member in self.members]
+
+
+def load(name: str) -> Declared:
+    """The ensemble in a file, or the one of that name in export/ensembles/. Raises WeightsError."""
+    path = Path(name)
+    if not path.is_file():
+        path = FOLDER / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
+        raise WeightsError(f"no ensemble {name}: give a TOML file, or one of {known}")
+    try:
+        return Declared.model_validate(tomllib.loads(path.read_text()))
+    except tomllib.TOMLDecodeError as error:
+        raise WeightsError(f"{path} is not TOML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise WeightsError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Names from a file, one a line. Raises WeightsError."""
+    try:
+        return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(f"can't read the labels in {path} ({error})") from None

@@ -1,0 +1,228 @@
+"""Where a member's weights come from, and what must travel with them.
+
+    runs/resnet56-cifar10          a run's folder, or a checkpoint of training/train.py
+    resnet50.pth, resnet50.safetensors   a state dict with torchvision's names, ours or anyone's
+    resnet50:IMAGENET1K_V2         torchvision's own, downloaded (and kept by torch.hub)
+
+The network is read off the tensors: depth, kind of block, shortcuts, classes. What they can't tell has torchvision's
+values unless it is given: the stride in the 3x3 (v1.5), a crop of 224 from a shorter side of 256, ImageNet's mean and
+standard deviation, and for 1000 classes ImageNet's names.
+"""
+
+import pickle
+import re
+import urllib.error
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_weight
+from torchvision.models.resnet import ResNet50_Weights
+
+from resnet_ensemble.export.bundle import Measured
+from resnet_ensemble.training import checkpoint, cifar
+from resnet_ensemble.training.checkpoint import Checkpoint
+from resnet_ensemble.training.model import BLOCKS, Shortcut, Stride, imagenet
+from resnet_ensemble.training.model import cifar as cifar_network
+from resnet_ensemble.training.recipes import new_network
+from resnet_ensemble.training.views import Preprocessing
+
+IMAGENET = Preprocessing(resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+# In the order of the WordNet ids, as everywhere.
+IMAGENET_LABELS = tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+# Where other people's training scripts put the state dict.
+NESTED = ("state_dict", "model", "model_state_dict", "net")
+
+
+class WeightsError(Exception):
+    """The weights can't be found or read, or are not those of a network that we know."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained network in evaluation mode, and how to use it. `dataset`: a name of cifar.DATASETS, or imagenet."""
+
+    name: str
+    network: nn.Module
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    dataset: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    measured: tuple[Measured, ...] = ()
+    mean_image: Tensor | None = None
+
+
+def read(
+    text: str,
+    *,
+    name: str | None = None,
+    preprocessing: Preprocessing | None = None,
+    labels: tuple[str, ...] | None = None,
+    stride_at: Stride = "v1.5",
+) -> Source:
+    """A member's weights; what is given here wins over what they say. Raises WeightsError, CheckpointError."""
+    if re.fullmatch(r"resnet\d+:\w+", text):
+        source = _from_torchvision(text)
+    elif Path(text).is_dir() or _is_checkpoint(Path(text)):
+        source = from_checkpoint(checkpoint.load(Path(text)))
+    else:
+        source = _from_file(Path(text), stride_at, labels)
+    return Source(
+        name=name or source.name,
+        network=source.network,
+        preprocessing=preprocessing or source.preprocessing,
+        labels=labels or source.labels,
+        dataset=source.dataset,
+        recipe=source.recipe,
+        measured=source.measured,
+        mean_image=source.mean_image,
+    )
+
+
+def from_checkpoint(saved: Checkpoint) -> Source:
+    """One of our own checkpoints. Raises WeightsError if it is not trained to its end."""
+    recipe = saved.recipe
+    if not saved.finished:
+        raise WeightsError(f"{recipe.name} is not trained to its last epoch; run training/train.py again")
+    network = new_network(recipe)
+    network.load_state_dict(saved.weights)
+    dataset = cifar.DATASETS.get(recipe.dataset)
+    labels = saved.labels or (dataset.labels if dataset else ())
+    if len(labels) == len(IMAGENET_LABELS) and all(re.fullmatch(r"n\d{8}", label) for label in labels):
+        labels = IMAGENET_LABELS
+    last = saved.history[-1]
+    measured = Measured(
+        dataset=dataset.title if dataset else "ImageNet",
+        split="val",
+        protocol="center",
+        images=last.val_images,
+        top1_error=round(last.val_error, 4),
+        measured_by=f"python training/train.py {recipe.name}",
+    )
+    return Source(
+        name=recipe.network,
+        network=network.eval(),
+        preprocessing=recipe.preprocessing,
+        labels=labels,
+        dataset=recipe.dataset,
+        recipe=asdict(recipe),
+        measured=(measured,),
+        mean_image=saved.mean_image,
+    )
+
+
+def network_of(state: dict[str, Tensor], stride_at: Stride = "v1.5") -> tuple[str, nn.Module]:
+    """The name and the network of a state dict with torchvision's names. Raises WeightsError."""
+    try:
+        stem, classes = state["conv1.weight"].shape, len(state["fc.weight"])
+    except KeyError as missing:
+        raise WeightsError(f"a state dict of torchvision's ResNet has {missing}; this one has {_some(state)}") from None
+    stages = [_count(state, stage) for stage in (1, 2, 3, 4)]
+    blocks = tuple(count for count in stages if count)
+    shortcut = _shortcut(state)
+    if stem[2:] == (7, 7):
+        deep = "layer1.0.conv3.weight" in state
+        depths = [depth for depth, known in BLOCKS.items() if known == blocks and (depth >= 50) == deep]
+        if not depths:
+            raise WeightsError(f"no network of Table 1 has {blocks} blocks")
+        name, network = (
+            f"resnet{depths[0]}",
+            imagenet(depths[0], classes=classes, shortcut=shortcut, stride_at=stride_at),
+        )
+    elif stem == (16, 3, 3, 3) and len(set(blocks)) == 1 and len(blocks) == 3:
+        depth = 6 * blocks[0] + 2
+        name, network = f"resnet{depth}", cifar_network(depth, classes=classes, shortcut=shortcut)
+    else:
+        raise WeightsError(f"a first convolution of {tuple(stem)} and {blocks} blocks are no network of the paper")
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsError(f"these weights look like {name} but don't fit it: {reason}") from None
+    return name, network.eval()
+
+
+def _from_file(path: Path, stride_at: Stride, labels: tuple[str, ...] | None) -> Source:
+    name, network = network_of(_state(path), stride_at)
+    classes = network.get_submodule("fc").get_parameter("weight").shape[0]
+    known = labels or (IMAGENET_LABELS if classes == len(IMAGENET_LABELS) else None)
+    if known is None or len(known) != classes:
+        found = "no names are given" if known is None else f"{len(known)} names are given"
+        raise WeightsError(f"{path} has {classes} classes and {found}; name them, one a line: --labels FILE")
+    return Source(name, network, IMAGENET, known, "imagenet", recipe={"weights": path.name, "stride_at": stride_at})
+
+
+def _from_torchvision(text: str) -> Source:
+    model, version = text.split(":")
+    title = f"ResNet{model.removeprefix('resnet')}_Weights.{version}"
+    try:
+        weights: WeightsEnum = get_weight(title)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise WeightsError(f"torchvision has no weights {text} ({error})") from None
+    try:
+        state = weights.get_state_dict(progress=True, check_hash=True)
+    except (urllib.error.URLError, OSError) as error:
+        raise WeightsError(
+            f"can't download {weights.url} ({error}); get the file where there is internet, and give its path instead"
+        ) from None
+    name, network = network_of(dict(state))
+    how = weights.transforms()
+    published = Measured(
+        dataset="ImageNet",
+        split="val",
+        protocol="center",
+        images=50_000,
+        top1_error=round(100 - weights.meta["_metrics"]["ImageNet-1K"]["acc@1"], 4),
+        measured_by="published by torchvision",
+    )
+    seen = Preprocessing(resize=how.resize_size[0], crop=how.crop_size[0], mean=tuple(how.mean), std=tuple(how.std))
+    return Source(name, network, seen, IMAGENET_LABELS, "imagenet", recipe={"weights": text}, measured=(published,))
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise WeightsError(f"no weights at {path}: give a run's folder, a file, or a name like resnet50:IMAGENET1K_V2")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"{path} is no state dict of tensors alone, and nothing else is loaded ({reason})") from None
+    for key in NESTED:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds no state dict; save model.state_dict()")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return "resnet_ensemble" in (file.metadata() or {})
+    except safetensors.SafetensorError:
+        return False
+
+
+def _count(state: dict[str, Tensor], stage: int) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")})
+
+
+def _shortcut(state: dict[str, Tensor]) -> Shortcut:
+    """Options B and C have projections. A and a plain network have none: such files are taken for A."""
+    if "layer1.1.downsample.0.weight" in state:
+        return "C"
+    return "B" if any("downsample" in name for name in state) else "A"
+
+
+def _some(state: dict[str, Tensor]) -> str:
+    names = list(state)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "nothing"

@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_ensemble.export import declared
+from resnet_ensemble.export.declared import FOLDER
+from resnet_ensemble.export.weights import WeightsError
+from resnet_ensemble.training.model import imagenet
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in FOLDER.glob("*.toml")))
+def test_every_ensemble_of_ours_is_valid(name: str) -> None:
+    assert declared.load(name).protocol == "10crop"
+
+
+def test_the_paper_s_ensemble_has_its_six_members() -> None:
+    names = [Path(member.weights).name for member in declared.load("ilsvrc2015").members]
+
+    depths = ("34b", "34c", "50", "101", "152", "152")
+    assert names == [f"resnet{depth}-imagenet-paper" for depth in depths]
+    assert len({member.weights for member in declared.load("ilsvrc2015").members}) == 6
+
+
+def test_someone_s_own_ensemble_is_read_with_all_that_it_says(tmp_path: Path) -> None:
+    torch.save(imagenet(18, classes=3).state_dict(), tmp_path / "a.pth")
+    labels = write(tmp_path / "labels.txt", "red\ngreen\n\nblue\n")
+    file = write(
+        tmp_path / "mine.toml",
+        f"""
+        protocol = "flip"
+        labels = "{labels}"
+        members = [
+          {{ weights = "{tmp_path}/a.pth" }},
+          {{ weights = "{tmp_path}/a.pth", name = "again", resize = 232, std = [0.5, 0.5, 0.5] }},
+        ]
+        """,
+    )
+
+    ensemble = declared.load(file)
+    first, second = ensemble.read()
+
+    assert ensemble.protocol == "flip"
+    assert (first.name, second.name) == ("resnet18", "again")
+    assert first.labels == ("red", "green", "blue")
+    assert (first.preprocessing.resize, second.preprocessing.resize) == (256, 232)
+    assert (second.preprocessing.crop, second.preprocessing.std) == (224, (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("members = [", "is not TOML"),
+        ("members = []", "members: Tuple should have at least 1 item"),
+        ('members = [{ weight = "x" }]', r"members\.0\.weights: Field required"),
+        ('members = [{ weights = "x" }]\nprotocol = "20crop"', "protocol: .*no protocol named"),
+        ('members = [{ weights = "x", stride = "v2" }]', r"members\.0\.stride"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        declared.load(write(tmp_path / "x.toml", text))
+
+
+def test_a_geometry_that_can_t_be_is_refused(tmp_path: Path) -> None:
+    ensemble = declared.load(write(tmp_path / "x.toml", 'members = [{ weights = "r.pth", resize = 100 }]'))
+
+    with pytest.raises(WeightsError, match=r"r\.pth: a crop of 224 does not fit"):
+        ensemble.read()
+
+
+def test_an_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(WeightsError, match="no ensemble x: give a TOML file, or one of cifar10, ilsvrc2015"):
+        declared.load("x")
+
+
+def test_labels_that_can_t_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="can't read the labels in"):
+        declared.read_labels(tmp_path / "none.txt")

@@ -1,0 +1,209 @@
+"""Weights of many origins become the same network."""
+
+import urllib.error
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.models import ResNet50_Weights
+
+from resnet_ensemble.export import weights
+from resnet_ensemble.export.weights import IMAGENET, IMAGENET_LABELS, WeightsError
+from resnet_ensemble.training import checkpoint
+from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch
+from resnet_ensemble.training.model import Shortcut, cifar, imagenet
+from resnet_ensemble.training.recipes import RECIPES, new_network
+from resnet_ensemble.training.views import Preprocessing
+
+LABELS = tuple("abcdefg")
+
+
+def logits(network: torch.nn.Module) -> Tensor:
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        answer: Tensor = network(torch.randn(2, 3, 64, 64))
+    return answer
+
+
+@pytest.fixture(scope="module")
+def theirs() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=7).eval()
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_torchvision_s_state_dict_becomes_the_network_that_gives_its_logits(depth: int) -> None:
+    theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=3).eval()
+
+    name, network = weights.network_of(theirs.state_dict())
+
+    assert name == f"resnet{depth}"
+    assert torch.equal(logits(network), logits(theirs))
+
+
+@pytest.mark.parametrize("option", ["A", "B", "C"])
+def test_shortcuts_are_read_off_the_tensors(option: Shortcut) -> None:
+    for made in (imagenet(34, classes=5, shortcut=option).eval(), cifar(20, shortcut=option).eval()):
+        assert torch.equal(logits(weights.network_of(made.state_dict())[1]), logits(made))
+
+
+def test_the_stride_can_be_given() -> None:
+    made = imagenet(50, classes=5, stride_at="v1").eval()
+
+    _, v1 = weights.network_of(made.state_dict(), "v1")
+
+    assert torch.equal(logits(v1), logits(made))
+    assert not torch.equal(logits(weights.network_of(made.state_dict())[1]), logits(made))
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "nested", "parallel", "safetensors"])
+def test_a_file_is_read_in_the_forms_that_people_save(tmp_path: Path, theirs: torch.nn.Module, wrapped: str) -> None:
+    state, path = theirs.state_dict(), tmp_path / "mine.pth"
+    if wrapped == "safetensors":
+        path = tmp_path / "mine.safetensors"
+        safetensors.torch.save_file(state, path)
+    else:
+        if wrapped == "parallel":
+            state = {f"module.{name}": tensor for name, tensor in state.items()}
+        torch.save({"epoch": 3, "state_dict": state} if wrapped == "nested" else state, path)
+
+    source = weights.read(str(path), labels=LABELS)
+
+    assert (source.name, source.labels, source.preprocessing) == ("resnet18", LABELS, IMAGENET)
+    assert torch.equal(logits(source.network), logits(theirs))
+
+
+def test_a_thousand_classes_are_imagenet_s(tmp_path: Path) -> None:
+    torch.save(imagenet(18).state_dict(), tmp_path / "r.pth")
+
+    labels = weights.read(str(tmp_path / "r.pth")).labels
+
+    assert (len(labels), labels[0], labels[207], labels[999]) == (1000, "tench", "golden retriever", "toilet tissue")
+
+
+def test_name_and_preprocessing_can_be_given(tmp_path: Path, theirs: torch.nn.Module) -> None:
+    torch.save(theirs.state_dict(), tmp_path / "r.pth")
+    seen = Preprocessing(resize=232, crop=224, mean=IMAGENET.mean, std=IMAGENET.std)
+
+    source = weights.read(str(tmp_path / "r.pth"), name="mine", preprocessing=seen, labels=LABELS)
+
+    assert (source.name, source.preprocessing) == ("mine", seen)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    recipe = replace(RECIPES["resnet20-cifar10"], depth=8)
+    history = (Epoch(1, 0.1, 2.0, 60.0, 55.5, 5000, 12.5),)
+    saved = Checkpoint(recipe, new_network(recipe).state_dict(), history=history, finished=True)
+    checkpoint.save(tmp_path / "run" / "checkpoint.safetensors", saved)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("file", ["", "checkpoint.safetensors"])
+def test_our_own_checkpoint_brings_everything_along(run: Path, file: str) -> None:
+    source = weights.read(str(run / file))
+
+    assert (source.name, source.dataset, source.labels[3]) == ("resnet8", "cifar10", "cat")
+    assert source.preprocessing == RECIPES["resnet20-cifar10"].preprocessing
+    assert (source.measured[0].top1_error, source.measured[0].images) == (55.5, 5000)
+
+
+def test_our_imagenet_checkpoints_get_imagenet_s_names(run: Path) -> None:
+    saved = replace(checkpoint.load(run), labels=tuple(f"n{i:08}" for i in range(1000)))
+
+    assert weights.from_checkpoint(saved).labels == IMAGENET_LABELS
+
+
+def test_a_run_that_is_not_finished_is_refused(run: Path) -> None:
+    checkpoint.save(run / "checkpoint.safetensors", replace(checkpoint.load(run), finished=False))
+
+    with pytest.raises(WeightsError, match="not trained to its last epoch"):
+        weights.read(str(run))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": Evil()}, "no state dict of tensors alone, and nothing else is loaded"),
+        ({"epoch": 3}, "holds no state dict"),
+        ({"w": torch.zeros(2)}, r"has 'conv1.weight'; this one has w"),
+        ({"conv1.weight": torch.zeros(8, 3, 5, 5), "fc.weight": torch.zeros(2, 8)}, "no network of the paper"),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.weight": torch.zeros(2, 8)}, "no network of Table 1"),
+    ],
+    ids=["pickle", "no tensors", "other names", "another stem", "no blocks"],
+)
+def test_what_is_no_resnet_is_refused(
+    tmp_path: Path, content: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, tmp_path / "x.pth")
+
+    with pytest.raises(WeightsError, match=message):
+        weights.read(str(tmp_path / "x.pth"))
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_a_file_of_junk_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"not weights at all")
+
+    with pytest.raises(WeightsError, match="no state dict of tensors"):
+        weights.read(str(tmp_path / name))
+
+
+def test_a_missing_file_says_what_may_be_given(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no weights at .*give a run's folder, a file, or a name like"):
+        weights.read(str(tmp_path / "none.pth"))
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        weights.read(str(tmp_path))
+
+
+def test_other_classes_need_their_names(tmp_path: Path, theirs: torch.nn.Module) -> None:
+    torch.save(theirs.state_dict(), tmp_path / "r.pth")
+
+    with pytest.raises(WeightsError, match=r"7 classes and no names are given.*--labels"):
+        weights.read(str(tmp_path / "r.pth"))
+    with pytest.raises(WeightsError, match="7 classes and 2 names are given"):
+        weights.read(str(tmp_path / "r.pth"), labels=("a", "b"))
+
+
+def test_weights_that_almost_fit_are_refused(theirs: torch.nn.Module) -> None:
+    state = dict(theirs.state_dict())
+    del state["layer3.0.bn2.bias"]
+
+    with pytest.raises(WeightsError, match=r"look like resnet18 but don't fit it.*layer3\.0\.bn2\.bias"):
+        weights.network_of(state)
+
+
+def test_torchvision_s_weights_come_with_their_own_preprocessing_and_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torchvision.models.resnet50().state_dict()
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", lambda *_, **__: state)
+
+    v1, v2 = (weights.read(f"resnet50:IMAGENET1K_{version}") for version in ("V1", "V2"))
+
+    assert (v1.preprocessing.resize, v2.preprocessing.resize, v2.preprocessing.crop) == (256, 232, 224)
+    assert (v1.measured[0].top1_error, v2.measured[0].top1_error) == (pytest.approx(23.87), pytest.approx(19.142))
+    assert v1.labels == IMAGENET_LABELS
+
+
+def test_offline_the_error_says_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", fail)
+
+    with pytest.raises(WeightsError, match=r"can't download https://.*give its path instead"):
+        weights.read("resnet50:IMAGENET1K_V2")
+
+
+def test_a_name_that_torchvision_does_not_have_is_refused() -> None:
+    with pytest.raises(WeightsError, match="torchvision has no weights resnet18:IMAGENET1K_V2"):
+        weights.read("resnet18:IMAGENET1K_V2")
