@@ -1,13 +1,16 @@
 """Draw training and validation error against epochs, as in the paper's Figures 4 and 6.
 
-    python training/plot.py training/results/resnet20-cifar10.csv training/results/resnet32-cifar10.csv --out errors.png
+    python training/plot.py training/results/resnet20-cifar10.csv training/results/resnet56-cifar10.csv --out errors.png
+    python training/plot.py plain20.csv plain56.csv --beside resnet20.csv resnet56.csv --out degradation.png
 
-Thin lines are training error (on augmented images, while the weights change), bold ones validation error.
+Thin lines are training error (on augmented images, while the weights change), bold ones validation error. With --beside
+there are two panels with the same axes.
 """
 
 import argparse
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -24,34 +27,39 @@ def read(path: Path) -> Log:
     return {name: [float(row[name]) for row in rows] for name in ("epoch", "train_error", "val_error")}
 
 
-def draw(logs: dict[str, Log], highest_error: float) -> bytes:
-    """A PNG with two lines a log; the error axis ends at `highest_error` %."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, log in logs.items():
-        (bold,) = axes.plot(
-            log["epoch"], log["val_error"], linewidth=2.2, label=f"{name}: {log['val_error'][-1]:.2f} %"
-        )
-        axes.plot(log["epoch"], log["train_error"], linewidth=0.8, color=bold.get_color())
-    axes.set(xlabel="epoch", ylabel="error (%)", ylim=(0, highest_error), xlim=(1, None))
-    axes.grid(visible=True, linewidth=0.3)
-    axes.legend(title="bold: validation, thin: training")
+def draw(panels: Sequence[dict[str, Log]], highest_error: float) -> bytes:
+    """A PNG with a panel for each group of logs, two lines a log; the error axis ends at `highest_error` %."""
+    figure = Figure(figsize=(7 if len(panels) == 1 else 5 * len(panels), 4.5), layout="constrained")
+    for axes, logs in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, log in logs.items():
+            (bold,) = axes.plot(
+                log["epoch"], log["val_error"], linewidth=2.2, label=f"{name}: {log['val_error'][-1]:.2f} %"
+            )
+            axes.plot(log["epoch"], log["train_error"], linewidth=0.8, color=bold.get_color())
+        axes.set(xlabel="epoch", ylabel="error (%)", ylim=(0, highest_error), xlim=(1, None))
+        axes.grid(visible=True, linewidth=0.3)
+        axes.legend(title="bold: validation, thin: training")
     content = io.BytesIO()
     # Without the software's version in the file, the same logs give the same bytes.
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
     return content.getvalue()
 
 
+def named(paths: Sequence[Path]) -> dict[str, Log]:
+    """Logs by the names that the legend shows: the run's folder, or the file's own name."""
+    return {path.parent.name if path.stem == "log" else path.stem: read(path) for path in paths}
+
+
 def main() -> None:
     """Parse the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="log.csv files; the names become the legend")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], metavar="LOG", help="logs of a second panel")
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
     parser.add_argument("--highest", type=float, default=25.0, help="end of the error axis in %% (default: 25)")
     arguments = parser.parse_args()
-    names = [log.parent.name if log.stem == "log" else log.stem for log in arguments.logs]
-    drawn = draw(dict(zip(names, map(read, arguments.logs), strict=True)), arguments.highest)
-    write_atomically(arguments.out, drawn)
+    panels = [named(logs) for logs in (arguments.logs, arguments.beside) if logs]
+    write_atomically(arguments.out, draw(panels, arguments.highest))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.training import plot
 
 
@@ -14,24 +15,51 @@ def logs(root: Path) -> list[Path]:
     return sorted((root / "training" / "results").glob("*.csv"))
 
 
-def test_the_logs_in_the_repository_end_with_the_bundle_s_errors(logs: list[Path]) -> None:
+def test_the_logs_in_the_repository_end_with_the_bundle_s_errors(logs: list[Path], shipped: Bundle) -> None:
     ends = {log.stem: plot.read(log)["val_error"][-1] for log in logs}
 
-    assert (ends["resnet20-cifar10"], ends["resnet32-cifar10"]) == (7.84, 8.34)
+    trained = {
+        f"{member.name}-cifar10": measured.top1_error
+        for member in shipped.manifest.members
+        for measured in member.measured
+        if measured.protocol == "center"
+    }
+    assert ends == trained
 
 
 def test_the_same_logs_give_the_same_picture_and_others_another(logs: list[Path]) -> None:
-    both = {log.stem: plot.read(log) for log in logs}
+    everything, one = plot.named(logs), plot.named(logs[:1])
 
-    first, again = plot.draw(both, 25), plot.draw(both, 25)
+    first, again = plot.draw([everything], 25), plot.draw([everything], 25)
 
-    assert first == again != plot.draw({logs[0].stem: both[logs[0].stem]}, 25)
+    assert first == again != plot.draw([one], 25)
     assert Image.open(io.BytesIO(first)).size == (770, 495)
 
 
-def test_the_command_names_the_lines_after_the_logs(logs: list[Path], root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "errors.png"
+def test_two_groups_are_drawn_beside_each_other(logs: list[Path]) -> None:
+    drawn = plot.draw([plot.named(logs[:1]), plot.named(logs[1:])], 25)
 
-    subprocess.run([sys.executable, "training/plot.py", *map(str, logs), "--out", str(out)], cwd=root, check=True)
+    assert Image.open(io.BytesIO(drawn)).size == (1100, 495)
 
-    assert out.read_bytes() == plot.draw({log.stem: plot.read(log) for log in logs}, 25)
+
+def test_a_run_s_log_is_named_after_its_folder(logs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "plain20").mkdir()
+    (tmp_path / "plain20" / "log.csv").write_bytes(logs[0].read_bytes())
+
+    assert list(plot.named([tmp_path / "plain20" / "log.csv", logs[0]])) == ["plain20", logs[0].stem]
+
+
+def test_the_command_draws_what_the_function_does(logs: list[Path], root: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "training/plot.py",
+        str(logs[0]),
+        "--beside",
+        str(logs[1]),
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+
+    subprocess.run(command, cwd=root, check=True)
+
+    assert (tmp_path / "x.png").read_bytes() == plot.draw([plot.named(logs[:1]), plot.named(logs[1:2])], 25)
