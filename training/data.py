@@ -267,7 +267,10 @@ def scan_folders(
     """The classes of a split, or `labels` if they are given, and its files with their class. Raises DataError."""
     folder = root / split
     if not folder.is_dir():
-        raise DataError(f"no {split}/ in {root}: expected train/ and val/, each with one folder of images a class")
+        raise DataError(
+            f"no {split}/ in {root}: expected train/ and val/, each with one folder of images a class "
+            "(ImageNet: https://image-net.org/download)"
+        )
     found = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
     if not found:
         raise DataError(f"{folder} has no folders, one a class; ImageNet's validation images must be sorted into them")

@@ -119,7 +119,11 @@ def new_network(recipe: Recipe) -> ResNet:
 
 
 def changed(recipe: Recipe, assignments: list[str]) -> Recipe:
-    """The recipe with fields replaced: ["epochs=2", "schedule=plateau"]. Raises RecipeError."""
+    """The recipe with fields replaced: ["epochs=2", "seed=1"]. Raises RecipeError.
+
+    What follows from them is replaced too, unless it is given: the learning rate is proportional to the batch (arXiv
+    1706.02677), and a number of epochs takes the place of a number of iterations.
+    """
     types = {field.name: type(getattr(recipe, field.name)) for field in fields(recipe)}
     values: dict[str, Any] = {}
     for assignment in assignments:
@@ -127,7 +131,14 @@ def changed(recipe: Recipe, assignments: list[str]) -> Recipe:
         if name not in types:
             raise RecipeError(f"a recipe has no {name!r}; it has {', '.join(types)}")
         values[name] = _parse(name, text, types[name])
-    return replace(recipe, **values)
+    follows: dict[str, Any] = {}
+    if "batch_size" in values:
+        follows["peak_learning_rate"] = recipe.peak_learning_rate * values["batch_size"] / recipe.batch_size
+    if "epochs" in values:
+        follows["iterations"] = 0
+    if "iterations" in values:
+        follows["epochs"] = 0
+    return replace(recipe, **(follows | values))
 
 
 def _parse(name: str, text: str, kind: type) -> object:

@@ -400,7 +400,11 @@ def main() -> None:
     parser.add_argument("--download", action="store_true", help="get CIFAR's archive into --data, if it is not there")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="checkpoints go to OUT/RECIPE (default: runs)")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change fields of the recipe: --set epochs=2 seed=1"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change fields of the recipe: --set epochs=2 batch_size=64",
     )
     parser.add_argument("--precision", choices=get_args(Precision), default=DEFAULTS.precision)
     parser.add_argument(

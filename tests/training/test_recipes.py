@@ -61,6 +61,16 @@ def test_fields_are_changed_by_name() -> None:
     assert changed(CIFAR_PAPER, ["shortcut=B"]).shortcut == "B"
 
 
+def test_what_follows_from_a_change_is_changed_too_unless_it_is_given() -> None:
+    smaller = changed(IMAGENET_PAPER, ["batch_size=64", "epochs=2"])
+    given = changed(IMAGENET_PAPER, ["batch_size=64", "peak_learning_rate=0.2"])
+
+    assert smaller.peak_learning_rate == pytest.approx(0.1 / 4)
+    assert (smaller.epochs, smaller.iterations) == (2, 0)
+    assert given.peak_learning_rate == 0.2
+    assert (changed(RECIPES["resnet20-cifar10"], ["iterations=9"]).epochs) == 0
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
@@ -69,7 +79,7 @@ def test_fields_are_changed_by_name() -> None:
         ("epochs=2.5", "epochs must be int, not '2.5'"),
         ("nesterov=1", "nesterov must be bool"),
         ("schedule=cosine", "schedule must be one of one-cycle, staircase, plateau, not 'cosine'"),
-        ("epochs=2", "epochs 2 and iterations 64000, one must be 0"),
+        ("epochs=0", "epochs 0 and iterations 0, one must be 0"),
         ("drops=()", "a staircase, and nothing else, has drops"),
         ("patience=3", "a plateau, and nothing else, has patience"),
         ("augmentation=area", "area is not an augmentation of cifar10"),

@@ -384,7 +384,7 @@ def test_the_paper_s_imagenet_recipe_finishes_two_epochs_on_a_small_tree(
 ) -> None:
     data = write_folders(tmp_path / "data", train=8, val=3)
     command = f"{root}/training/train.py resnet18a-imagenet-paper --data {data} --out {tmp_path / 'runs'} --workers 1"
-    changes = "--set iterations=0 epochs=2 batch_size=8 classes=3"
+    changes = "--set epochs=2 batch_size=8 classes=3"
 
     if processes == 1:
         done = subprocess.run(
