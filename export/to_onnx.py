@@ -81,7 +81,7 @@ class Graph(nn.Module):
         self.register_buffer("shift", (-image / std).permute(2, 0, 1)[None].contiguous())  # (1, 3, h or 1, w or 1)
 
     def forward(self, views: Tensor) -> Tensor:
-        x = views.permute(0, 3, 1, 2).float()  # (n, 3, h, w)
+        x = views.float().permute(0, 3, 1, 2)  # (n, 3, h, w); TensorRT transposes floats, but no bytes
         shift = self.shift
         if shift.shape[-1] > 1:
             shift = F.interpolate(shift, size=x.shape[2:], mode="bilinear", align_corners=False)

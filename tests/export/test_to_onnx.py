@@ -144,3 +144,9 @@ def test_a_calibration_travels_with_its_member(saved: Checkpoint, tmp_path: Path
     assert member.calibration is not None
     assert (member.calibration.dataset, member.calibration.images) == ("photos", 3)
     assert quantize.from_bytes(bundle.read(member.calibration)).images == 3
+
+
+def test_bytes_are_cast_before_anything_else_since_tensorrt_can_do_nothing_with_them(exported: bytes) -> None:
+    readers = [node.op_type for node in onnx.load_from_string(exported).graph.node if "views" in node.input]
+
+    assert readers == ["Cast"]
