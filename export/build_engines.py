@@ -17,7 +17,7 @@ With --weights or --ensemble the bundle is made first, as by export/to_onnx.py, 
 import argparse
 import hashlib
 import importlib.util
-import os
+import runpy
 import statistics
 import sys
 import time
@@ -25,15 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-if importlib.util.find_spec("resnet_ensemble") is None:  # run by a Python without us: take the one of `make install`
-    python = REPOSITORY / ".venv" / "bin" / "python"
-    if not python.exists():
-        sys.exit(
-            f"build_engines: resnet_ensemble is not installed; run `make install` in {REPOSITORY}, then this again"
-        )
-    os.execv(python, [str(python), *sys.argv])  # noqa: S606  # no shell is wanted
+if importlib.util.find_spec("resnet_ensemble") is None:
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "training" / "environment.py"))
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +46,7 @@ from resnet_ensemble.export.engines import Precision
 from resnet_ensemble.export.gate import CalibrationError, Pictures
 from resnet_ensemble.export.quantize import Calibration
 
-SHIPPED = REPOSITORY / "bundles" / "cifar10"
+SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
 TIMED_BATCHES = (1, 10, 40)
 SECONDS_PER_TIMING = 0.4
 

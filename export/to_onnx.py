@@ -16,11 +16,16 @@ import argparse
 import copy
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import platform
+import runpy
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+
+if importlib.util.find_spec("resnet_ensemble") is None:
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "training" / "environment.py"))
 
 import numpy as np
 import onnx

@@ -9,10 +9,15 @@ over views, then over networks, in float64. In float32, on a GPU if there is one
 """
 
 import argparse
+import importlib.util
+import runpy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+if importlib.util.find_spec("resnet_ensemble") is None:
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "training" / "environment.py"))
 
 import numpy as np
 import torch

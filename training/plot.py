@@ -9,9 +9,14 @@ there are two panels with the same axes.
 
 import argparse
 import csv
+import importlib.util
 import io
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
+
+if importlib.util.find_spec("resnet_ensemble") is None:
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "training" / "environment.py"))
 
 from matplotlib.figure import Figure
 

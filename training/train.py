@@ -17,9 +17,11 @@ before each evaluation. Weights are float32; bf16 and fp16 are autocast only.
 
 import argparse
 import csv
+import importlib.util
 import io
 import math
 import os
+import runpy
 import signal
 import subprocess
 import threading
@@ -29,6 +31,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
+
+if importlib.util.find_spec("resnet_ensemble") is None:
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "training" / "environment.py"))
 
 import torch
 import torch.nn.functional as F
