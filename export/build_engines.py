@@ -76,9 +76,10 @@ class Workshop:
                 assert self.member.calibration is not None
                 self._calibration = quantize.from_bytes(self.bundle.read(self.member.calibration))
             else:
-                batches = list(gate.batches(self.pictures.views))
                 self._calibration = quantize.calibrate(
-                    self.bundle.read(self.member), batches, images=len(self.pictures.views)
+                    self.bundle.read(self.member),
+                    list(gate.batches(self.pictures.calibration)),
+                    images=len(self.pictures.views),
                 )
         return self._calibration
 

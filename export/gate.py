@@ -21,6 +21,11 @@ from resnet_ensemble.training.views import Preprocessing, make_views
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 MOST_IMAGES = 512
 BATCH = 16
+# INT8 is calibrated on about as many views: of few pictures several each, the centre first, then corners and mirrors
+# in turn. On 72 photographs that it hadn't seen, a ResNet-18 calibrated on four views of 71 others differed from FP32
+# by 0.011 (the mean of each picture's largest difference of a probability), on one view by 0.014.
+CALIBRATION_VIEWS = 640
+CALIBRATION_ORDER = (4, 0, 8, 2, 6, 1, 3, 5, 7, 9)  # of the protocol `10crop`
 
 
 class CalibrationError(Exception):
@@ -47,10 +52,16 @@ ERROR_MARGIN = 1.0
 
 @dataclass(frozen=True)
 class Pictures:
-    """Views uint8 (n, h, w, 3), the labels of each where they are known, and what they are, as a hash."""
+    """The views that an engine is compared on.
+
+    - views: uint8 (n, h, w, 3); labels of each, where they are known
+    - calibration: views of the same pictures to calibrate INT8 on, uint8 (m, h, w, 3)
+    - identity: a hash of all that
+    """
 
     views: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
+    calibration: NDArray[np.uint8]
     identity: str
 
 
@@ -87,8 +98,9 @@ def from_folder(folder: Path, seen: Preprocessing, labels: tuple[str, ...]) -> P
     if not files:
         raise CalibrationError(f"no pictures in {folder} ({', '.join(SUFFIXES)})")
     chosen = [files[i * len(files) // MOST_IMAGES] for i in range(MOST_IMAGES)] if len(files) > MOST_IMAGES else files
-    digest = hashlib.sha256()
-    views = []
+    each = max(1, min(len(CALIBRATION_ORDER), CALIBRATION_VIEWS // len(chosen)))
+    digest = hashlib.sha256(f"{each}".encode())
+    crops = []  # of each picture (each, h, w, 3), the centre first
     for path in chosen:
         content = path.read_bytes()
         digest.update(hashlib.sha256(content).digest())
@@ -96,24 +108,26 @@ def from_folder(folder: Path, seen: Preprocessing, labels: tuple[str, ...]) -> P
             image = Image.open(BytesIO(content)).convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:  # Pillow has all three for damaged files
             raise CalibrationError(f"{path} can't be decoded ({error}); remove it from the folder") from None
-        views.append(make_views(image, seen, "center")[0])
+        crops.append(make_views(image, seen, "10crop")[list(CALIBRATION_ORDER[:each])])
     numbers = {label: i for i, label in enumerate(labels)}
     known = [numbers.get(path.parent.name, -1) for path in chosen]
     found = np.array(known) if min(known) >= 0 else None
-    return Pictures(np.stack(views), found, digest.hexdigest())
+    return Pictures(np.stack([crop[0] for crop in crops]), found, np.concatenate(crops), digest.hexdigest())
 
 
 def from_golden(bundle: Bundle, member: Member) -> Pictures:
     """All views of the bundle's golden pictures under its golden protocol."""
     manifest = bundle.manifest
-    views = [
-        make_views(
-            Image.open(BytesIO(bundle.read(file))).convert("RGB"), member.preprocessing, manifest.golden_protocol
-        )
-        for file in manifest.golden
-    ]
+    views = np.concatenate(
+        [
+            make_views(
+                Image.open(BytesIO(bundle.read(file))).convert("RGB"), member.preprocessing, manifest.golden_protocol
+            )
+            for file in manifest.golden
+        ]
+    )
     identity = hashlib.sha256("".join(file.sha256 for file in manifest.golden).encode()).hexdigest()
-    return Pictures(np.concatenate(views), None, identity)
+    return Pictures(views, None, views, identity)
 
 
 def answers(engine: Engine, views: NDArray[np.uint8]) -> NDArray[np.float32]:

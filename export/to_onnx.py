@@ -263,14 +263,16 @@ def _calibrate(content: bytes, title: str, source: Source, folder: Path) -> tupl
     if dataset:
         images = cifar.read(folder, "train", dataset).images[: gate.MOST_IMAGES]
         views = np.stack([make_views(Image.fromarray(image), source.preprocessing, "center")[0] for image in images])
+        count = len(images)
     else:
-        views = gate.from_folder(folder, source.preprocessing, source.labels).views
-    found = quantize.calibrate(content, list(gate.batches(views)), images=len(views)).to_bytes()
+        pictures = gate.from_folder(folder, source.preprocessing, source.labels)
+        views, count = pictures.calibration, len(pictures.views)
+    found = quantize.calibrate(content, list(gate.batches(views)), images=count).to_bytes()
     file = CalibrationFile(
         file=f"members/{title}.calibration.safetensors",
         sha256=hashlib.sha256(found).hexdigest(),
         dataset=f"{dataset.title}, training images" if dataset else folder.resolve().name,
-        images=len(views),
+        images=count,
     )
     return file, found
 

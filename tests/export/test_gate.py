@@ -77,6 +77,25 @@ def test_of_many_pictures_some_are_chosen_evenly(
     assert found.views[:, 0, 0, 0].tolist() == [0, 30, 60, 90]
 
 
+def test_few_pictures_are_calibrated_on_in_several_views_each_the_centre_first(
+    tmp_path: Path, shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "CALIBRATION_VIEWS", 7)
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", 10 * i)
+
+    def found() -> gate.Pictures:
+        return gate.from_folder(tmp_path, shipped.manifest.members[0].preprocessing, ())
+
+    two_each = found()
+    assert two_each.calibration.shape == (6, 32, 32, 3)
+    assert (two_each.calibration[::2] == two_each.views).all()
+    assert not (two_each.calibration[1] == two_each.views[0]).all()
+    monkeypatch.setattr(gate, "CALIBRATION_VIEWS", 1)
+    assert (found().calibration == two_each.views).all()
+    assert found().identity != two_each.identity
+
+
 def test_the_identity_is_that_of_the_pictures(tmp_path: Path, shipped: Bundle) -> None:
     def identity() -> str:
         return gate.from_folder(tmp_path, shipped.manifest.members[0].preprocessing, ()).identity
