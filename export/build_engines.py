@@ -4,6 +4,7 @@
     python export/build_engines.py PATH/TO/BUNDLE --calibration PHOTOS
     python export/build_engines.py bundles/pair --weights resnet18.pth resnet50.pth --calibration PHOTOS
     python export/build_engines.py bundles/v2 --ensemble torchvision-v2 --calibration PHOTOS
+    python export/build_engines.py --triton models
     python export/build_engines.py --dry-run
 
 Hashes are verified first. An FP32 engine must give the bundle's golden probabilities. BF16 and INT8 must pass the gate:
@@ -11,7 +12,8 @@ agreement with FP32 on the pictures of --calibration or, without it, on the bund
 pictures a label, the error too. INT8 is calibrated on the same pictures, or was at export. What was found is written to
 BUNDLE.engines/ beside the bundle, where the server looks for it. A second run reuses what is still valid.
 
-With --weights or --ensemble the bundle is made first, as by export/to_onnx.py, unless it is there already.
+With --weights or --ensemble the bundle is made first, as by export/to_onnx.py, unless it is there already. With
+--triton a model repository for Triton is written last: every member as ONNX, and the ensemble that averages them.
 """
 
 import argparse
@@ -32,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from resnet_ensemble.export import engines, gate, golden, quantize
+from resnet_ensemble.export import engines, gate, golden, quantize, triton_repository
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
 from resnet_ensemble.export.engine_store import (
     DECISIVE_BATCH,
@@ -270,9 +272,14 @@ def main() -> None:
     parser.add_argument(
         "--ensemble", metavar="NAME", help="make the bundle of a declared ensemble, or a TOML file, first"
     )
+    parser.add_argument("--triton", type=Path, metavar="DIR", help="write a Triton model repository, too")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line, if the weights have none")
     arguments = parser.parse_args()
+    if arguments.triton and arguments.dry_run:
+        parser.error("--dry-run writes nothing, so it can't be combined with --triton")
     try:
+        if arguments.triton:
+            triton_repository.check_replaceable(arguments.triton)  # now, since building may take long
         bundle = _bundle(arguments)
         names = [member.name for member in bundle.manifest.members]
         if unknown := set(arguments.only or names) - set(names):
@@ -286,6 +293,8 @@ def main() -> None:
         )
         store = EngineStore(bundle)
         best = [store.best(member) for member in bundle.manifest.members]
+        if arguments.triton:
+            triton_repository.write(bundle, arguments.triton)
     except (BundleError, CalibrationError, engines.BackendUnavailable, OSError) as problem:
         sys.exit(f"build_engines: {problem}")
     if arguments.json:
@@ -296,6 +305,8 @@ def main() -> None:
         f"{bundle.identity}: chosen by views/s x{DECISIVE_BATCH} among those that passed; "
         f"written to {store.folder / REPORT}"
     )
+    if arguments.triton:
+        print(f"Triton model repository: {arguments.triton}")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def _protocol(name: str) -> str:
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
 Protocol = Annotated[str, AfterValidator(_protocol)]
+# Files and folders are named after members and bundles: none is hidden, and none is `..`.
+Name = Annotated[str, Field(pattern="^[a-zA-Z0-9][a-zA-Z0-9._-]*$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -84,7 +86,7 @@ class CalibrationFile(_Part):
 class Member(_Part):
     """One network of the ensemble."""
 
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9._-]+$")]
+    name: Name
     file: RelativePath
     sha256: Sha256
     parameters: int = Field(gt=0)
@@ -106,7 +108,7 @@ class Manifest(_Part):
     """The content of bundle.json."""
 
     format: Literal[1]
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9._-]+$")]
+    name: Name
     version: str
     protocol: Protocol
     labels: tuple[str, ...] = Field(min_length=2)

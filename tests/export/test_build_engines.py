@@ -95,6 +95,7 @@ def test_the_report_can_be_printed(root: Path, bundle: Path) -> None:
     [
         (["--only", "resnet1000"], "no member named resnet1000; there are resnet20"),
         (["--calibration", "nowhere"], "no pictures in nowhere"),
+        (["--triton", "models", "--dry-run"], "--dry-run writes nothing"),
     ],
 )
 def test_mistakes_are_named(root: Path, bundle: Path, arguments: list[str], message: str) -> None:
@@ -134,6 +135,23 @@ def test_weights_that_can_t_be_had_are_named(root: Path, arguments: list[str], m
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_triton_repository_is_written_when_it_is_asked_for(root: Path, bundle: Path, tmp_path: Path) -> None:
+    member = Bundle.open(bundle).manifest.members[0].name
+
+    result = build(root, bundle, "--only", member, "--precision", "fp32", "--triton", tmp_path / "models")
+
+    assert f"Triton model repository: {tmp_path / 'models'}" in result.stdout, result.stderr
+    assert {path.name for path in (tmp_path / "models").iterdir()} >= {"cifar10", f"cifar10-{member}", "README.md"}
+
+
+def test_a_folder_that_is_no_triton_repository_is_refused_before_anything_is_built(root: Path, bundle: Path) -> None:
+    result = build(root, bundle, "--triton", bundle)
+
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "is not ours; name another folder" in result.stderr
+    assert not (bundle.parent / "cifar10.engines").exists()
 
 
 def test_two_builders_at_once_give_one_good_store(root: Path, bundle: Path) -> None:
