@@ -194,8 +194,8 @@ def _row(store: EngineStore, workshop: Workshop, backend: str, precision: Precis
     member = workshop.member
     wanted = workshop.calibration_identity if precision == "int8" else ""
     stored = store.find(member, backend, precision, wanted)
-    if stored and (workshop.own_calibration or stored.gate_pictures == workshop.pictures.identity):
-        return Row(member.name, backend, precision, stored, "reused")
+    if stored and (workshop.own_calibration or stored.record.gate_pictures == workshop.pictures.identity):
+        return Row(member.name, backend, precision, stored.record, "reused")
     if precision == "int8" and wanted is None:
         return Row(member.name, backend, precision, None, "needs pictures: --calibration DIR")
     if dry_run:
@@ -295,12 +295,14 @@ def main() -> None:
         best = [store.best(member) for member in bundle.manifest.members]
         if arguments.triton:
             triton_repository.write(bundle, arguments.triton)
-    except (BundleError, CalibrationError, engines.BackendUnavailable, OSError) as problem:
+    except (BundleError, CalibrationError, engines.BackendUnavailable) as problem:
         sys.exit(f"build_engines: {problem}")
+    except OSError as problem:
+        sys.exit(f"build_engines: {problem}; nothing is half-written: run it again when this is solved")
     if arguments.json:
         print((store.folder / REPORT).read_text(), end="")
         return
-    print(table(rows, {record.key for record in best if record}))
+    print(table(rows, {stored.record.key for stored in best if stored}))
     print(
         f"{bundle.identity}: chosen by views/s x{DECISIVE_BATCH} among those that passed; "
         f"written to {store.folder / REPORT}"

@@ -5,7 +5,8 @@
     members/*.calibration.safetensors   what its INT8 engines are made with, if it was calibrated
     golden/*.png     pictures whose probabilities the manifest records
 
-Every file is named in the manifest with its SHA-256 and checked before it is used. No torch, and no ONNX library.
+Every file is named in the manifest with its SHA-256 and checked before it is used, and so is the manifest, by the
+SHA-256 in its first lines. No torch, and no ONNX library.
 
     BundleError
     ├── BundleInvalid   the manifest is missing, of another format, or contradicts itself
@@ -13,14 +14,14 @@ Every file is named in the manifest with its SHA-256 and checked before it is us
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from resnet_ensemble.training.files import write_atomically
+from resnet_ensemble.export import sealed
+from resnet_ensemble.training.files import write_together
 from resnet_ensemble.training.views import PROTOCOLS, Preprocessing
 
 FORMAT = 1
@@ -144,13 +145,20 @@ class Bundle:
         """Read and validate the manifest. Raises BundleInvalid."""
         file = path / MANIFEST
         try:
-            text = file.read_text()
+            text = file.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise BundleInvalid(
                 f"no {MANIFEST} in {path}; make a bundle with: python export/to_onnx.py --help"
             ) from None
+        except OSError as error:
+            raise BundleInvalid(f"{file} can't be read ({error.strerror})") from None
         try:
-            content = json.loads(text)
+            content = sealed.loads(text)
+        except sealed.SealBroken:
+            raise BundleInvalid(
+                f"{file} is not as it was written (SHA-256); {_remedy(path)}, or, if the change is "
+                f'meant, delete its line "{sealed.KEY}"'
+            ) from None
         except ValueError as error:
             raise BundleInvalid(f"{file} is not JSON ({error}); {_remedy(path)}") from None
         if isinstance(content, dict) and content.get("format") != FORMAT:
@@ -170,6 +178,8 @@ class Bundle:
             content = file.read_bytes()
         except FileNotFoundError:
             raise BundleDamaged(f"{file} is missing; {_remedy(self.path)}") from None
+        except OSError as error:
+            raise BundleDamaged(f"{file} can't be read ({error.strerror}); {_remedy(self.path)}") from None
         if hashlib.sha256(content).hexdigest() != part.sha256:
             raise BundleDamaged(f"{file} is not the file that {MANIFEST} describes (SHA-256); {_remedy(self.path)}")
         return content
@@ -182,11 +192,12 @@ class Bundle:
 
 
 def write(path: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
-    """Write the files, then the manifest, each atomically: a manifest never names a file that is not there yet."""
-    for name, content in files.items():
-        write_atomically(path / name, content)
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    write_atomically(path / MANIFEST, f"{text}\n".encode())
+    """Write the files and the manifest, which is replaced last and never names a file that is not there yet.
+
+    A full disk leaves a bundle that was there before as it was.
+    """
+    contents = {path / name: content for name, content in files.items()}
+    write_together(contents | {path / MANIFEST: sealed.dumps(manifest.model_dump(mode="json"))})
     return Bundle(path, manifest)
 
 

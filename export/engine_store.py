@@ -1,7 +1,8 @@
 """The engines built for a bundle on this host, in BUNDLE.engines/ beside it: derived, never in git.
 
 An engine is used only if its fingerprint (graph, calibration, backend, version, CPU, golden values) is what it would be
-if it were built now and its file has the recorded hash. Anything else is built again.
+if it were built now and its file has the recorded hash. Anything else is built again, and a server that finds nothing
+better runs FP32, compiled when it starts; both say in the log what was wrong with the stored one.
 """
 
 import fcntl
@@ -12,17 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from resnet_ensemble.export import engines, golden, host
+from resnet_ensemble.export import engines, golden, host, sealed
 from resnet_ensemble.export.bundle import Bundle, Member
 from resnet_ensemble.export.engines import Engine, Precision
 from resnet_ensemble.export.gate import LIMITS
-from resnet_ensemble.training.files import write_atomically
+from resnet_ensemble.training.files import write_together
 
 log = logging.getLogger(__name__)
 
 REPORT = "engines.json"
 # The batch size whose rate decides which engine is the fastest.
 DECISIVE_BATCH = 10
+REMEDY = "export/build_engines.py builds it again"
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,20 @@ class Record:
         return f"{self.member}/{self.backend}/{self.precision}"
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A valid engine: what was found of it, and its file's content."""
+
+    record: Record
+    content: bytes
+
+
 class EngineStore:
     """Finds and keeps the engines of one bundle."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
+        self._records: dict[str, Record] | None = None
         path = bundle.path.resolve()
         self.folder = path.with_name(f"{path.name}.engines")
 
@@ -69,53 +80,71 @@ class EngineStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            self._records = None
             yield
 
-    def find(self, member: Member, backend: str, precision: Precision, calibration: str | None = None) -> Record | None:
-        """What was found of an engine that is still valid, or None. Without `calibration`, any will do."""
-        record = self.records().get(f"{member.name}/{backend}/{precision}")
+    def find(self, member: Member, backend: str, precision: Precision, calibration: str | None = None) -> Stored | None:
+        """An engine that is still valid, or None. Without `calibration`, one of any will do."""
+        record = self._current(member, backend, precision)
         if record is None or (calibration is not None and record.calibration != calibration):
             return None
-        if record.fingerprint != fingerprint(self.bundle, member, backend, precision, record.calibration):
-            return None
-        return record if self._content(record) is not None else None
+        return self._read(record)
 
-    def read(self, record: Record) -> bytes:
-        """The engine of a record that `find` has just given."""
-        content = self._content(record)
-        assert content is not None
-        return content
-
-    def best(self, member: Member, backend: str | None = None) -> Record | None:
+    def best(self, member: Member, backend: str | None = None) -> Stored | None:
         """The fastest valid engine that passed the gate, of one backend or of all that are installed."""
-        found = [
+        passed = [
             record
             for name, precision in engines.available()
-            if backend in (None, name) and (record := self.find(member, name, precision)) and record.verdict == "passed"
+            if backend in (None, name)
+            and (record := self._current(member, name, precision))
+            and record.verdict == "passed"
         ]
-        return max(found, key=lambda record: record.views_per_second[str(DECISIVE_BATCH)], default=None)
+        passed.sort(key=lambda record: record.views_per_second[str(DECISIVE_BATCH)], reverse=True)
+        return next(filter(None, map(self._read, passed)), None)
 
     def add(self, record: Record, content: bytes) -> None:
-        """Store an engine: first its file, then the report that names it."""
-        write_atomically(self.folder / record.file, content)
+        """Store an engine and the report that names it."""
         records = self.records() | {record.key: record}
         report = {"cpu": host.cpu(), "engines": {name: asdict(kept) for name, kept in sorted(records.items())}}
-        write_atomically(self.folder / REPORT, f"{json.dumps(report, indent=1)}\n".encode())
+        write_together({self.folder / record.file: content, self.folder / REPORT: sealed.dumps(report)})
+        self._records = records
 
     def records(self) -> dict[str, Record]:
         """Everything in the report, valid or not."""
+        if self._records is None:
+            self._records = self._report()
+        return self._records
+
+    def _report(self) -> dict[str, Record]:
+        file = self.folder / REPORT
         try:
-            report = json.loads((self.folder / REPORT).read_text())
+            report = sealed.loads(file.read_bytes())
             return {name: Record(**values) for name, values in report["engines"].items()}
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none yet, or of another version: build again
+        except FileNotFoundError:  # nothing was built yet
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s is damaged or of another version, so no engine in it is used (%r); %s", file, error, REMEDY)
             return {}
 
-    def _content(self, record: Record) -> bytes | None:
-        try:
-            content = (self.folder / record.file).read_bytes()
-        except FileNotFoundError:
+    def _current(self, member: Member, backend: str, precision: Precision) -> Record | None:
+        """The record of an engine, if it would be built in the same way now."""
+        record = self.records().get(f"{member.name}/{backend}/{precision}")
+        if record is None:
             return None
-        return content if hashlib.sha256(content).hexdigest() == record.sha256 else None
+        wanted = fingerprint(self.bundle, member, backend, precision, record.calibration)
+        return record if record.fingerprint == wanted else None
+
+    def _read(self, record: Record) -> Stored | None:
+        file = self.folder / record.file
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            log.warning("%s can't be read (%s), so it is not used; %s", file, error.strerror, REMEDY)
+            return None
+        if hashlib.sha256(content).hexdigest() != record.sha256:
+            log.warning("%s is not the file that %s describes, so it is not used; %s", file, REPORT, REMEDY)
+            return None
+        return Stored(record, content)
 
 
 def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precision, calibration: str) -> str:
@@ -140,15 +169,20 @@ def open_engine(bundle: Bundle, member: Member, backend: str | None = None) -> E
     """
     graph = bundle.read(member)
     store = EngineStore(bundle)
-    record = store.best(member, backend)
-    if record is None:
-        name = backend or engines.DEFAULT
-        implementation = engines.backend(name)
-        engine = implementation.load(implementation.compile(graph, "fp32"), "fp32")
-    else:
-        engine = engines.backend(record.backend).load(store.read(record), record.precision)
-    allowed = tolerance(bundle, "fp32" if record is None else record.precision)
-    difference = golden.check(engine, bundle, member, allowed=allowed)
+    stored = store.best(member, backend)
+    name = stored.record.backend if stored else backend or engines.DEFAULT
+    precision: Precision = stored.record.precision if stored else "fp32"
+    if stored is None and any(record.member == member.name for record in store.records().values()):
+        log.warning(
+            "%s: no engine in %s both passed and is of this bundle, host and backend version, so FP32 is compiled now; "
+            "export/build_engines.py builds them again",
+            member.name,
+            store.folder,
+        )
+    implementation = engines.backend(name)
+    compiled = stored.content if stored else implementation.compile(graph, precision)
+    engine = implementation.load(compiled, precision)
+    difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, precision))
     info = engine.info
     log.info("%s on %s %s %s: golden check %.1e", member.name, info.backend, info.version, info.precision, difference)
     return engine

@@ -320,6 +320,7 @@ PROBLEMS = (
     CheckpointError,
     DataError,
     engines.BackendUnavailable,
+    OSError,
 )
 
 
@@ -348,6 +349,10 @@ def main() -> None:
             version=arguments.version,
             calibration=arguments.calibration,
         )
+    except OSError as problem:
+        raise SystemExit(
+            f"to_onnx: {problem}; no file of the bundle was replaced: run it again when this is solved"
+        ) from None
     except PROBLEMS as problem:
         raise SystemExit(f"to_onnx: {problem}") from None
     print(f"{bundle.identity}: {len(bundle.manifest.members)} members in {bundle.path}")

@@ -41,7 +41,8 @@ class RepositoryError(BundleError):
 class Plan:
     """A TensorRT plan that takes the place of a member's ONNX file.
 
-    It runs only in a Triton whose TensorRT has the version that built it, on the same kind of GPU.
+    Its first profile takes 1 to `max_batch` crops, since Triton neither pads nor splits. It runs only in a Triton whose
+    TensorRT has the version that built it, on the same kind of GPU.
     """
 
     content: bytes

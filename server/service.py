@@ -58,13 +58,20 @@ class Service:
             await asyncio.to_thread(self._classifier.close)
             self._classifier = None
 
+    def _fail(self, message: str) -> None:
+        self._failure = message
+        log.critical("not serving: %s", message)
+        self._on_fatal(message)
+
     async def _load(self) -> None:
         try:
             classifier = await asyncio.to_thread(load, self.settings, self.metrics, self._open_with)
-        except (BundleError, BackendUnavailable) as error:
-            self._failure = str(error)
-            log.critical("not serving: %s", error)
-            self._on_fatal(str(error))
+        except (BundleError, BackendUnavailable, OSError) as error:
+            self._fail(str(error))
+            return
+        except Exception as error:  # a server that can never be ready must not wait for ever
+            log.exception("not serving")
+            self._fail(f"the models can't be loaded ({error!r}); the log has more")
             return
         self.metrics.unfinished_views.set_function(classifier.scheduler.unfinished_views)
         self.metrics.predicted_wait.set_function(classifier.scheduler.predicted_wait)

@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf
 
 from resnet_ensemble.export.engines import Engine, EngineInfo, Form, Precision
 
@@ -51,12 +52,18 @@ def int8_form() -> Form:
 
 
 def compile(graph: bytes, precision: Precision) -> bytes:  # noqa: A001, ARG001  # an INT8 graph says itself that it is
-    """Fuse operators and lay weights out for this CPU, once, so that servers start sooner."""
+    """Fuse operators and lay weights out for this CPU, once, so that servers start sooner. Raises OSError."""
     with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "optimised.onnx")
         options = _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
-        options.optimized_model_filepath = str(Path(folder, "optimised.onnx"))
-        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        return Path(folder, "optimised.onnx").read_bytes()
+        options.optimized_model_filepath = str(file)
+        try:
+            onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except InvalidProtobuf as error:
+            if not file.exists():  # the graph itself could not be read
+                raise
+            raise OSError(f"ONNX Runtime can't write {file} ({error}): is the disk full?") from None
+        return file.read_bytes()
 
 
 def load(compiled: bytes, precision: Precision) -> Engine:

@@ -15,6 +15,7 @@ def copy(shipped: Bundle, tmp_path: Path) -> Path:
 
 def edit(bundle: Path, **changes: Any) -> None:
     manifest = json.loads((bundle / "bundle.json").read_text())
+    del manifest["sha256"]  # as one does who means the change
     (bundle / "bundle.json").write_text(json.dumps(manifest | changes))
 
 
@@ -105,6 +106,24 @@ def test_golden_probabilities_must_fit_the_labels(copy: Path) -> None:
     edit(copy, labels=["cat", "dog"])
 
     with pytest.raises(BundleInvalid, match="must have 2 probabilities a member"):
+        Bundle.open(copy)
+
+
+def test_a_changed_manifest_is_refused_unless_its_hash_is_deleted(copy: Path) -> None:
+    text = (copy / "bundle.json").read_text()
+    (copy / "bundle.json").write_text(text.replace('"ship"', '"shop"'))
+    with pytest.raises(BundleInvalid, match=r"is not as it was written.*git checkout.*delete its line \"sha256\""):
+        Bundle.open(copy)
+
+    edit(copy)
+    assert "shop" in Bundle.open(copy).manifest.labels
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden", "-x", "a/b", ""])
+def test_a_name_that_is_no_good_file_name_is_refused(copy: Path, name: str) -> None:
+    edit(copy, name=name)
+
+    with pytest.raises(BundleInvalid, match=r"bundle\.json is not valid: name"):
         Bundle.open(copy)
 
 

@@ -9,7 +9,7 @@ import pytest
 from resnet_ensemble.export import engine_store, engines, gate, host
 from resnet_ensemble.export.build_engines import Workshop
 from resnet_ensemble.export.bundle import Bundle
-from resnet_ensemble.export.engine_store import EngineStore, Record, fingerprint
+from resnet_ensemble.export.engine_store import EngineStore, Record, Stored, fingerprint
 
 BACKEND = "onnxruntime"
 
@@ -29,13 +29,12 @@ def stored(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> tuple[Record, byt
     return record, content
 
 
-def find(bundle: Bundle, member: int = 0) -> Record | None:
+def find(bundle: Bundle, member: int = 0) -> Stored | None:
     return EngineStore(bundle).find(bundle.manifest.members[member], BACKEND, "fp32")
 
 
 def test_a_stored_engine_is_found_with_what_was_measured(bundle: Bundle, stored: tuple[Record, bytes]) -> None:
-    assert find(bundle) == stored[0]
-    assert EngineStore(bundle).read(stored[0]) == stored[1]
+    assert find(bundle) == Stored(*stored)
 
 
 def test_nothing_is_found_for_another_member_or_precision(bundle: Bundle, stored: tuple[Record, bytes]) -> None:
@@ -46,7 +45,7 @@ def test_nothing_is_found_for_another_member_or_precision(bundle: Bundle, stored
 def test_an_engine_of_another_calibration_is_not_used_where_one_is_asked_for(
     bundle: Bundle, stored: tuple[Record, bytes]
 ) -> None:
-    assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND, "fp32", "") == stored[0]
+    assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND, "fp32", "") == Stored(*stored)
     assert EngineStore(bundle).find(bundle.manifest.members[0], BACKEND, "fp32", "other pictures") is None
 
 
@@ -117,10 +116,10 @@ def test_the_best_is_the_fastest_that_passed(bundle: Bundle, stored: tuple[Recor
     available = {precision for _, precision in engines.available()}
     best = store.best(member)
     assert best is not None
-    assert best.precision == ("bf16" if "bf16" in available else "fp32")
+    assert best.record.precision == ("bf16" if "bf16" in available else "fp32")
     only = store.best(member, BACKEND)
     assert only is not None
-    assert only.precision == "fp32"
+    assert only.record.precision == "fp32"
 
 
 def test_the_server_opens_the_stored_engine_and_compiles_only_what_is_missing(

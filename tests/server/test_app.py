@@ -57,6 +57,23 @@ def test_a_bundle_that_fails_its_check_is_never_ready(tmp_path: Any) -> None:
         assert "no bundle.json" in assert_problem(client.get("/readyz"), "not_ready")["detail"]
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(OSError(28, "No space left on device"), "No space left on device"), (RuntimeError("odd"), "can't be loaded")],
+)
+def test_whatever_stops_the_loading_stops_the_server(error: Exception, message: str) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    said: list[str] = []
+    with TestClient(create_app(Service(Settings(), open_with=fail, on_fatal=said.append))) as client:
+        deadline = time.monotonic() + 10
+        while not said:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert message in assert_problem(client.get("/readyz"), "not_ready")["detail"]
+
+
 def test_info_describes_what_is_served(client: TestClient) -> None:
     body = client.get("/info").json()
 
