@@ -56,7 +56,8 @@ def _protocol(name: str) -> str:
 RelativePath = Annotated[str, AfterValidator(_inside)]
 Protocol = Annotated[str, AfterValidator(_protocol)]
 # Files and folders are named after members and bundles: none is hidden, and none is `..`.
-Name = Annotated[str, Field(pattern="^[a-zA-Z0-9][a-zA-Z0-9._-]*$")]
+NAME = "^[a-zA-Z0-9][a-zA-Z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

@@ -13,12 +13,11 @@ Paths are relative to the current folder.
 import hashlib
 import tomllib
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resnet_ensemble.export import weights
-from resnet_ensemble.export.bundle import Protocol
+from resnet_ensemble.export.bundle import Name, Protocol
 from resnet_ensemble.export.weights import IMAGENET, Source, WeightsError
 from resnet_ensemble.training.model import Stride
 from resnet_ensemble.training.views import Preprocessing
@@ -34,7 +33,7 @@ class DeclaredMember(_Part):
     """Weights and, where they don't say it themselves, how they want to see a picture."""
 
     weights: str
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9._-]+$")] | None = None
+    name: Name | None = None
     stride: Stride = "v1.5"
     resize: int | None = None
     crop: int | None = None

@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import io
 import platform
+import re
 import runpy
 from collections.abc import Sequence
 from itertools import pairwise
@@ -40,6 +41,7 @@ from tqdm import tqdm
 from resnet_ensemble.export import declared, drawings, engines, gate, quantize
 from resnet_ensemble.export.bundle import (
     MANIFEST,
+    NAME,
     Bundle,
     BundleError,
     CalibrationFile,
@@ -291,6 +293,9 @@ def export_named(
 
     Raises what PROBLEMS lists.
     """
+    name = name or path.resolve().name
+    if not re.fullmatch(NAME, name):
+        raise ExportError(f"{name!r} is no name for a bundle: letters, digits, dot, dash, underscore; give it a --name")
     chosen = (
         declared.load(ensemble)
         if ensemble
@@ -304,7 +309,7 @@ def export_named(
     return export(
         chosen.read(),
         path,
-        name=name or path.resolve().name,
+        name=name,
         version=version,
         protocol=chosen.protocol,
         calibration=calibration,

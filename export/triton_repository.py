@@ -291,7 +291,7 @@ import sys
 from pathlib import Path
 
 import tritonclient.grpc as triton
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resnet_ensemble.training.views import Preprocessing, make_views
 
@@ -299,7 +299,7 @@ SEEN = {{
 {seen}
 }}
 
-image = Image.open(sys.argv[1]).convert("RGB")
+image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
 inputs = []
 for name, preprocessing in SEEN.items():
     views = make_views(image, preprocessing, "{protocol}")  # uint8 ({count}, crop, crop, 3)

@@ -105,6 +105,15 @@ def test_the_ensemble_is_the_mean_of_the_members_on_every_golden_picture(triton:
         )
 
 
+@pytest.mark.parametrize("members", [1, 3])
+def test_the_mean_is_one_of_any_number_of_members(members: int) -> None:
+    votes = {f"m{i}": np.random.default_rng(i).random((4, 5), np.float32) for i in range(members)}
+
+    (found,) = onnxruntime.InferenceSession(triton_repository.mean_graph(list(votes), 5)).run(None, votes)
+
+    np.testing.assert_allclose(found, np.mean(list(votes.values()), axis=0), atol=1e-6)
+
+
 def with_second_member_seeing(bundle: Bundle, **changes: object) -> Bundle:
     first, second, *rest = bundle.manifest.members
     seen: Preprocessing = replace(second.preprocessing, **changes)  # type: ignore[arg-type]
