@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resnet_ensemble.export.bundle import Bundle, Member
 from resnet_ensemble.export.engines import Engine, Precision
@@ -105,8 +105,8 @@ def from_folder(folder: Path, seen: Preprocessing, labels: tuple[str, ...]) -> P
         content = path.read_bytes()
         digest.update(hashlib.sha256(content).digest())
         try:
-            image = Image.open(BytesIO(content)).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow has all three for damaged files
+            image = ImageOps.exif_transpose(Image.open(BytesIO(content))).convert("RGB")  # upright, as it is served
+        except Exception as error:  # noqa: BLE001  # decoders raise almost anything when fed damaged files
             raise CalibrationError(f"{path} can't be decoded ({error}); remove it from the folder") from None
         crops.append(make_views(image, seen, "10crop")[list(CALIBRATION_ORDER[:each])])
     numbers = {label: i for i, label in enumerate(labels)}

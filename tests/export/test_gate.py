@@ -107,6 +107,18 @@ def test_the_identity_is_that_of_the_pictures(tmp_path: Path, shipped: Bundle) -
     assert identity() != first
 
 
+def test_photographs_are_turned_upright(tmp_path: Path, shipped: Bundle) -> None:
+    drawn = Image.new("RGB", (32, 32))
+    drawn.paste((255, 255, 255), (0, 0, 32, 16))  # white above
+    lying = Image.Exif()
+    lying[0x0112] = 6  # orientation: turn by 90 degrees clockwise
+    drawn.rotate(90).save(tmp_path / "a.png", exif=lying)
+
+    (view,) = gate.from_folder(tmp_path, shipped.manifest.members[0].preprocessing, ()).views
+
+    assert (view == np.asarray(drawn)).all()
+
+
 def test_a_folder_without_pictures_and_a_damaged_picture_are_named(tmp_path: Path, shipped: Bundle) -> None:
     seen = shipped.manifest.members[0].preprocessing
     with pytest.raises(CalibrationError, match="no pictures in"):
