@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from resnet_ensemble.export import golden
 from resnet_ensemble.export.bundle import Bundle, Member
 from resnet_ensemble.export.engines import Engine, Precision
 from resnet_ensemble.training.views import Preprocessing, make_views
@@ -117,16 +118,9 @@ def from_folder(folder: Path, seen: Preprocessing, labels: tuple[str, ...]) -> P
 
 def from_golden(bundle: Bundle, member: Member) -> Pictures:
     """All views of the bundle's golden pictures under its golden protocol."""
-    manifest = bundle.manifest
-    views = np.concatenate(
-        [
-            make_views(
-                Image.open(BytesIO(bundle.read(file))).convert("RGB"), member.preprocessing, manifest.golden_protocol
-            )
-            for file in manifest.golden
-        ]
-    )
-    identity = hashlib.sha256("".join(file.sha256 for file in manifest.golden).encode()).hexdigest()
+    pictures = bundle.manifest.golden
+    views = np.concatenate([golden.views(bundle, picture, member) for picture in pictures])
+    identity = hashlib.sha256("".join(picture.sha256 for picture in pictures).encode()).hexdigest()
     return Pictures(views, None, views, identity)
 
 

@@ -3,9 +3,10 @@
 import io
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from resnet_ensemble.export.bundle import Bundle, BundleError, Member
+from resnet_ensemble.export.bundle import Bundle, BundleError, Golden, Member
 from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.training.views import make_views
 
@@ -14,14 +15,17 @@ class GoldenMismatch(BundleError):
     """An engine is not the classifier that the bundle describes."""
 
 
+def views(bundle: Bundle, golden: Golden, member: Member) -> NDArray[np.uint8]:
+    """A golden picture as a member sees it under the golden protocol: uint8 (n, h, w, 3)."""
+    image = Image.open(io.BytesIO(bundle.read(golden)), formats=["PNG"]).convert("RGB")
+    return make_views(image, member.preprocessing, bundle.manifest.golden_protocol)
+
+
 def check(engine: Engine, bundle: Bundle, member: Member, *, allowed: float) -> float:
     """The largest difference from a golden probability. Raises GoldenMismatch above what is allowed."""
-    manifest = bundle.manifest
     worst, worst_file = 0.0, ""
-    for golden in manifest.golden:
-        image = Image.open(io.BytesIO(bundle.read(golden)), formats=["PNG"]).convert("RGB")
-        views = make_views(image, member.preprocessing, manifest.golden_protocol)
-        mean = engine.run(views).astype(np.float64).mean(axis=0)  # (classes,)
+    for golden in bundle.manifest.golden:
+        mean = engine.run(views(bundle, golden, member)).astype(np.float64).mean(axis=0)  # (classes,)
         difference = float(np.abs(mean - golden.probabilities[member.name]).max())
         if not difference <= worst:  # also true for NaN
             worst, worst_file = difference, golden.file
