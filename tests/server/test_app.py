@@ -29,9 +29,9 @@ def test_a_clients_request_id_comes_back_and_a_strange_one_does_not(client: Test
 def test_alive_but_not_ready_until_the_engines_are_checked(png: Png, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = threading.Event()
 
-    def open_with(bundle: Any, _: Settings) -> list[FakeEngine]:
+    def open_with(*_: object) -> FakeEngine:
         assert checked.wait(10)
-        return [FakeEngine(10) for _ in bundle.manifest.members]
+        return FakeEngine(10)
 
     with TestClient(create_app(Service(Settings(), open_with=open_with))) as client:
         assert client.get("/livez").json() == {"status": "ok"}
@@ -61,7 +61,10 @@ def test_info_describes_what_is_served(client: TestClient) -> None:
     body = client.get("/info").json()
 
     assert body["labels"][:2] == ["airplane", "automobile"]
-    assert body["protocols"] == {"center": 1, "flip": 2, "10crop": 10}
+    assert body["protocols"] == {"center": 1, "flip": 2, "10crop": 10, "dense": 2, "multiscale": 10}
+    assert (body["protocol"], body["stop"]) == ("10crop", "full")
+    assert body["stop_rules"] == ["full", "exact"]
+    assert body["members"][0]["cost"].keys() == {"seconds", "batch"}
     assert body["members"][0]["engine"]["backend"] == "fake"
     assert body["members"][0]["preprocessing"]["crop"] == 32
     assert body["limits"]["max_image_bytes"] == Settings().max_image_bytes

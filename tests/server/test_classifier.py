@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.classifier import Classifier, load
 from resnet_ensemble.server.errors import ApiError
@@ -16,8 +15,8 @@ from resnet_ensemble.server.settings import Settings
 
 @pytest.fixture
 def classifier() -> Iterator[Classifier]:
-    def slow(bundle: Bundle, _: Settings) -> list[FakeEngine]:
-        return [FakeEngine(10, seconds_per_view=0.0002) for _ in bundle.manifest.members]
+    def slow(*_: object) -> FakeEngine:
+        return FakeEngine(10, seconds_per_view=0.0002)
 
     loaded = load(Settings(), Metrics(), slow)
     yield loaded
@@ -48,3 +47,4 @@ def test_a_request_that_is_cancelled_at_any_moment_frees_its_room(
     asyncio.run(cancel_after_turns())
 
     assert classifier.scheduler.unfinished_views() == 0
+    assert classifier.waiting_view_bytes == 0

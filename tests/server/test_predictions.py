@@ -53,7 +53,9 @@ def test_the_default_is_every_member_and_ten_views(client: TestClient, png: Png)
     assert body["views_used"] == body["views_planned"] == 10 * members
 
 
-@pytest.mark.parametrize(("protocol", "views"), [("center", 1), ("flip", 2), ("10crop", 10)])
+@pytest.mark.parametrize(
+    ("protocol", "views"), [("center", 1), ("flip", 2), ("10crop", 10), ("dense", 2), ("multiscale", 10)]
+)
 def test_the_protocol_is_chosen_per_request(client: TestClient, png: Png, protocol: str, views: int) -> None:
     query = client.post("/predict", params={"protocol": protocol}, content=png(), headers=RAW)
     form = client.post("/predict", files={"image": png()}, data={"protocol": protocol})
@@ -86,7 +88,7 @@ def test_each_member_votes(serve: Serve, png: Png) -> None:
         body = client.post("/predict", content=png(0), headers=RAW).json()
 
     assert [vote["index"] for vote in body["members"][:2]] == [0, 3]
-    assert {"member", "label", "index", "probability"} == body["members"][0].keys()
+    assert {"member", "label", "index", "probability", "views"} == body["members"][0].keys()
 
 
 class Constant(FakeEngine):

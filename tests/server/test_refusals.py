@@ -88,7 +88,8 @@ def test_another_content_type_is_told_how_to_send_an_image(client: TestClient, p
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": "0"}, {"top_k": "1001"}, {"top_k": "many"}, {"protocol": "11crop"}, {"topk": "3"}],
+    [{"top_k": "0"}, {"top_k": "1001"}, {"top_k": "many"}, {"protocol": "11crop"}, {"topk": "3"}, {"stop": "early"}]
+    + [{"abstain_below": value} for value in ("1.1", "-0.1", "nan", "half")],
     ids=str,
 )
 def test_a_wrong_option_is_named_wherever_it_is_given(client: TestClient, png: Png, options: dict[str, str]) -> None:
