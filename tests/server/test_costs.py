@@ -14,8 +14,13 @@ from resnet_ensemble.server.costs import Cost, choose, measure, recorded, up_to
 def test_batches_are_no_larger_than_throughput_needs() -> None:
     """A CPU computes one view after the other; a GPU computes 40 in nearly the time of one."""
     assert choose({1: 0.1, 10: 1.0, 40: 4.0}) == Cost(0.1, 1)
-    assert choose({1: 0.00078, 10: 0.0075, 40: 0.030}) == Cost(0.00075, 10)
     assert choose({1: 0.002, 10: 0.003, 40: 0.005}) == Cost(0.005 / 40, 40)
+    assert choose({1: 0.002, 10: 0.006, 40: 0.010}) == Cost(0.010 / 40, 40)
+
+
+def test_runs_are_not_so_short_that_what_surrounds_them_counts() -> None:
+    assert choose({1: 0.0007, 10: 0.0076, 40: 0.030}) == Cost(0.0007, 10)
+    assert choose({1: 0.0001, 10: 0.0009, 40: 0.003}) == Cost(0.003 / 40, 40)
 
 
 def test_a_limit_on_the_batch_is_between_what_was_timed() -> None:
