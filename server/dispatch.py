@@ -258,7 +258,7 @@ class Dispatcher:
         self._paused.discard(member)
 
     def give_up(self, member: int) -> list[Job]:
-        """The member's engine will not come back: the images that wait for it."""
+        """The member's engine does not come back soon: the images that wait for it are given up."""
         waiting = {part.job for key, queue in self._queues.items() if key[0] == member for *_, part in queue.heap}
         return [job for job in waiting if self.release(job)]
 

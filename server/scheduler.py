@@ -5,7 +5,7 @@ waiting, so batches fill by themselves under load.
 
 When a run fails, the engine is asked for a view that it has answered before. If it does, the images are to blame, and
 are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while other
-members' work goes on.
+members' work goes on. If it can't be opened, what waits for it fails, and it is tried again later.
 """
 
 import logging
@@ -231,10 +231,6 @@ class Scheduler:
         delay = _FIRST_DELAY
         while (fresh := self._opened(member)) is None:
             if self._closing.wait(delay):
-                with self._changed:
-                    failed = self._decide.give_up(member)
-                    self._changed.notify_all()
-                self._give_up(failed, EngineFailure(self.down[member]))
                 return
             delay = min(2 * delay, _LONGEST_DELAY)
         with self._changed:
@@ -247,6 +243,7 @@ class Scheduler:
         self._observer.restarted(member)
 
     def _opened(self, member: int) -> Engine | None:
+        """A sound engine, or None; then the images that wait for it are given up, since it may take long."""
         try:
             fresh = self._open(member)
             self._check(fresh.run(self._probes[member]), len(self._probes[member]))
@@ -254,6 +251,9 @@ class Scheduler:
             log.exception("the engine of member %d can't be opened anew", member)
             with self._changed:
                 self._down[member] = f"{type(error).__name__}: {error}"
+                waiting = self._decide.give_up(member)
+                self._changed.notify_all()
+            self._give_up(waiting, error)
             return None
         return fresh
 

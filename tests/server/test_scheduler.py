@@ -374,11 +374,14 @@ def test_opening_is_tried_again_and_what_is_down_says_why(monkeypatch: pytest.Mo
 
     with scheduler(dead, reopen=reopen) as running:
         dead.kill()
-        job = submit(running, 0)
+        waiting = submit(running, 0)
         until(lambda: running.down.get(0) == "OSError: no device")
+        with pytest.raises(EngineFailure, match="OSError: no device"):
+            waiting.future.result(10)
         until(lambda: "was killed" in running.down.get(0, ""))
+        until(lambda: not running.down)
 
-        assert job.future.result(10).views.tolist() == [10]
+        assert submit(running, 0).future.result(10).views.tolist() == [10]
 
 
 def test_closing_does_not_wait_for_an_engine_that_does_not_come_back() -> None:
