@@ -195,7 +195,7 @@ async def info(request: Request) -> Info:
         protocol=classifier.protocol,
         protocols={name: sum(block_sizes(name)) for name in ALL_PROTOCOLS},
         stop=classifier.stop,
-        stop_rules=tuple(RULES),
+        stop_rules=tuple(classifier.rules),
         members=members,
         measured=manifest.measured,
         streams=settings.streams,

@@ -64,6 +64,7 @@ class Classifier:
         self._identity = bundle.identity
         self.protocol = settings.protocol or self._manifest.protocol
         self.stop = settings.stop
+        self.rules = stopping.RULES
         members = self._manifest.members
         engines = [open_with(bundle, member, settings) for member in members]
         self.costs = [_cost(bundle, member, engine, settings) for member, engine in zip(members, engines, strict=True)]
@@ -100,7 +101,7 @@ class Classifier:
 
         Raises ApiError("overloaded") before any work when the predicted wait is above the limit.
         """
-        plan, rule = self.plans[options.protocol or self.protocol], stopping.RULES[options.stop or self.stop]
+        plan, rule = self.plans[options.protocol or self.protocol], self.rules[options.stop or self.stop]
         sound = [content for content in contents if not isinstance(content, ApiError)]
         if deadline is None:
             deadline = time.monotonic() + _NEVER

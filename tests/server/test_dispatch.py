@@ -106,6 +106,16 @@ def test_views_of_waiting_images_share_batches_by_rank() -> None:
     assert len(batch.parts[-1].views) == 2
 
 
+def test_a_batch_is_not_filled_with_images_that_came_much_later() -> None:
+    found = dispatcher(max_wait=1000.0)
+    old, near, late = (add(found, 1, now=now) for now in (0.0, 0.4, 0.6))
+
+    batch, _ = run(found)
+
+    assert [part.job for part in batch.parts] == [old, near]
+    assert late.done == 0
+
+
 def test_a_lone_image_is_shared_out_over_the_streams() -> None:
     found = dispatcher(streams=2)
     add(found, 1)
