@@ -14,7 +14,7 @@ SHA-256 in its first lines. No torch, and no ONNX library.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from resnet_ensemble.export import sealed
 from resnet_ensemble.training.files import write_together
-from resnet_ensemble.training.views import PROTOCOLS, Preprocessing
+from resnet_ensemble.training.views import ALL_PROTOCOLS, PROTOCOLS, Preprocessing
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -47,14 +47,18 @@ def _inside(name: str) -> str:
     return name
 
 
-def _protocol(name: str) -> str:
-    if name not in PROTOCOLS:
-        raise ValueError(f"no protocol named {name!r}; there are {', '.join(PROTOCOLS)}")
-    return name
+def _one_of(known: Iterable[str]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"no protocol named {name!r}; there are {', '.join(known)}")
+        return name
+
+    return check
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
-Protocol = Annotated[str, AfterValidator(_protocol)]
+Protocol = Annotated[str, AfterValidator(_one_of(ALL_PROTOCOLS))]
+CropProtocol = Annotated[str, AfterValidator(_one_of(PROTOCOLS))]
 # Files and folders are named after members and bundles: none is hidden, and none is `..`.
 NAME = "^[a-zA-Z0-9][a-zA-Z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -115,7 +119,7 @@ class Manifest(_Part):
     protocol: Protocol
     labels: tuple[str, ...] = Field(min_length=2)
     members: tuple[Member, ...] = Field(min_length=1)
-    golden_protocol: Protocol
+    golden_protocol: CropProtocol
     golden_tolerance: float = Field(gt=0, le=0.1)
     golden: tuple[Golden, ...] = Field(min_length=1)
     measured: tuple[Measured, ...]

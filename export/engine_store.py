@@ -85,7 +85,7 @@ class EngineStore:
 
     def find(self, member: Member, backend: str, precision: Precision, calibration: str | None = None) -> Stored | None:
         """An engine that is still valid, or None. Without `calibration`, one of any will do."""
-        record = self._current(member, backend, precision)
+        record = self.current(member, backend, precision)
         if record is None or (calibration is not None and record.calibration != calibration):
             return None
         return self._read(record)
@@ -96,7 +96,7 @@ class EngineStore:
             record
             for name, precision in engines.available()
             if backend in (None, name)
-            and (record := self._current(member, name, precision))
+            and (record := self.current(member, name, precision))
             and record.verdict == "passed"
         ]
         passed.sort(key=lambda record: record.views_per_second[str(DECISIVE_BATCH)], reverse=True)
@@ -126,7 +126,7 @@ class EngineStore:
             log.warning("%s is damaged or of another version, so no engine in it is used (%r); %s", file, error, REMEDY)
             return {}
 
-    def _current(self, member: Member, backend: str, precision: Precision) -> Record | None:
+    def current(self, member: Member, backend: str, precision: Precision) -> Record | None:
         """The record of an engine, if it would be built in the same way now."""
         record = self.records().get(f"{member.name}/{backend}/{precision}")
         if record is None:

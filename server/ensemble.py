@@ -1,4 +1,4 @@
-"""Averaging. Pure functions of arrays.
+"""Averaging, and how much the members agree. Pure functions of arrays.
 
 The ensemble's answer is the mean of all members' softmax vectors over all views, as in section 4.3 of the paper.
 """
@@ -11,10 +11,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Average:
-    """`ensemble`: float64 (classes,). `members`: float64 (members, classes), each member's own mean."""
+    """Means of softmax vectors.
+
+    - ensemble: float64 (classes,)
+    - members: float64 (members, classes), each member's own mean; zeros for one that has seen no view
+    - shares: float64 (members,), how much of the ensemble's mean is each member's
+    """
 
     ensemble: NDArray[np.float64]
     members: NDArray[np.float64]
+    shares: NDArray[np.float64]
 
 
 def average(sums: NDArray[np.float64], views: NDArray[np.int64]) -> Average:
@@ -22,7 +28,26 @@ def average(sums: NDArray[np.float64], views: NDArray[np.int64]) -> Average:
 
     Every softmax vector has the same weight, whichever member and view it is of.
     """
-    return Average(ensemble=sums.sum(axis=0) / views.sum(), members=sums / views[:, None])
+    total = views.sum()
+    return Average(
+        ensemble=sums.sum(axis=0) / total, members=sums / np.maximum(views, 1)[:, None], shares=views / total
+    )
+
+
+def entropy(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """In nats, over the last axis. 0 log 0 is 0, and so is what rounding has put below 0."""
+    positive = np.where(probabilities > 0, probabilities, 1.0)
+    result: NDArray[np.float64] = np.maximum(-(positive * np.log(positive)).sum(axis=-1), 0.0)
+    return result
+
+
+def mutual_information(mean: Average) -> float:
+    """How much the members disagree, in nats: the entropy of the mean minus the mean of the members' entropies.
+
+    It is what an ensemble knows and one network does not: 0 where all members give the same probabilities, however
+    unsure they are, and log(members) where each is sure of another class.
+    """
+    return max(0.0, float(entropy(mean.ensemble) - mean.shares @ entropy(mean.members)))
 
 
 def top(probabilities: NDArray[np.float64], count: int) -> list[int]:

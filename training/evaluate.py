@@ -35,14 +35,13 @@ from resnet_ensemble.training.cifar import DataError
 from resnet_ensemble.training.data import decode, scan_folders
 from resnet_ensemble.training.recipes import Recipe, new_network
 from resnet_ensemble.training.views import (
+    ALL_PROTOCOLS,
     DENSE_PROTOCOLS,
-    PROTOCOLS,
     Preprocessing,
     make_views,
     make_whole_views,
 )
 
-ALL_PROTOCOLS = (*PROTOCOLS, *DENSE_PROTOCOLS)
 IMAGES_A_BATCH = 16  # 160 views of ten crops
 Pictures = Sequence[str] | Sequence[NDArray[np.uint8]]  # paths, or uint8 (h, w, 3)
 

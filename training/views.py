@@ -53,6 +53,7 @@ DENSE_PROTOCOLS: dict[str, tuple[WholeView, ...]] = {
     "multiscale": tuple(WholeView(scale, mirrored) for scale in SCALES for mirrored in (False, True)),
 }
 LONGEST = 2  # times the shorter side; of an even longer image, the middle is seen
+ALL_PROTOCOLS = (*PROTOCOLS, *DENSE_PROTOCOLS)
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,43 @@ def make_whole_views(image: Image.Image, preprocessing: Preprocessing, protocol:
 
     The longer side is rounded to a multiple of the quantum, from the shorter side to twice of it.
     """
+    resized: dict[int, NDArray[np.uint8]] = {}
     made: list[NDArray[np.uint8]] = []
     for view in DENSE_PROTOCOLS[protocol]:
-        shorter = preprocessing.resize if view.scale is None else view.scale * preprocessing.quantum
-        pixels = np.asarray(_resize_whole(image, shorter, preprocessing.quantum))
+        shorter = _shorter_side(view, preprocessing)
+        if shorter not in resized:
+            resized[shorter] = np.asarray(_resize_whole(image, shorter, preprocessing.quantum))
+        pixels = resized[shorter]
         made.append(np.ascontiguousarray(pixels[:, ::-1]) if view.mirrored else pixels)
     return made
+
+
+def block_sizes(protocol: str) -> tuple[int, ...]:
+    """How many views each block of `make_blocks` has: all crops are one block, each scale of whole views another."""
+    if protocol in PROTOCOLS:
+        return (len(PROTOCOLS[protocol]),)
+    scales = [view.scale for view in DENSE_PROTOCOLS[protocol]]
+    return tuple(scales.count(scale) for scale in dict.fromkeys(scales))
+
+
+def block_pixels(preprocessing: Preprocessing, protocol: str) -> tuple[int, ...]:
+    """Pixels of one view of each block; of whole views, those of a square image."""
+    if protocol in PROTOCOLS:
+        return (preprocessing.crop**2,)
+    sides = (_shorter_side(view, preprocessing) for view in DENSE_PROTOCOLS[protocol])
+    return tuple(side**2 for side in dict.fromkeys(sides))
+
+
+def make_blocks(image: Image.Image, preprocessing: Preprocessing, protocol: str) -> list[NDArray[np.uint8]]:
+    """The views of an RGB image under any protocol, as arrays (views, h, w, 3) of one shape each, in its order."""
+    if protocol in PROTOCOLS:
+        return [make_views(image, preprocessing, protocol)]
+    whole = iter(make_whole_views(image, preprocessing, protocol))
+    return [np.stack([next(whole) for _ in range(size)]) for size in block_sizes(protocol)]
+
+
+def _shorter_side(view: WholeView, preprocessing: Preprocessing) -> int:
+    return preprocessing.resize if view.scale is None else view.scale * preprocessing.quantum
 
 
 def _resize_whole(image: Image.Image, shorter: int, quantum: int) -> Image.Image:

@@ -25,7 +25,7 @@ class EngineInfo:
 
     backend: str
     version: str
-    precision: str
+    precision: Precision
     device: str
     threads: int
 

@@ -1,9 +1,10 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from resnet_ensemble.server.ensemble import average, top
+from resnet_ensemble.server.ensemble import average, entropy, mutual_information, top
 
 MEMBERS, CLASSES = 3, 5
 SUMS = hnp.arrays(np.float64, (MEMBERS, CLASSES), elements=st.floats(0, 10))
@@ -51,3 +52,34 @@ def test_top_is_sorted_and_has_no_more_than_all_classes(probabilities: np.ndarra
 
 def test_of_equal_probabilities_the_lower_index_comes_first() -> None:
     assert top(np.array([0.2, 0.4, 0.4]), 3) == [1, 2, 0]
+
+
+def test_a_member_that_has_seen_no_view_has_no_say() -> None:
+    mean = average(np.array([[1.5, 0.5], [0.0, 0.0]]), np.array([2, 0]))
+
+    assert mean.ensemble.tolist() == [0.75, 0.25]
+    assert mean.members.tolist() == [[0.75, 0.25], [0.0, 0.0]]
+    assert mutual_information(mean) == 0
+
+
+def test_entropy_is_0_for_the_sure_and_the_logarithm_for_the_undecided() -> None:
+    np.testing.assert_allclose(entropy(np.array([[0, 1.0, 0, 0], [0.25] * 4])), [0, np.log(4)])
+
+
+def test_entropy_of_what_rounding_left_a_little_outside_is_a_number() -> None:
+    assert entropy(np.array([1 + 1e-7, -1e-9, 0.0])) == 0
+
+
+@pytest.mark.parametrize(("members", "expected"), [([[1, 0], [0, 1]], np.log(2)), ([[0.5, 0.5], [0.5, 0.5]], 0)])
+def test_mutual_information_is_disagreement_not_doubt(members: list[list[float]], expected: float) -> None:
+    views = np.array([10, 10])
+
+    assert mutual_information(average(10.0 * np.array(members), views)) == pytest.approx(expected)
+
+
+@given(seed=st.integers(0, 2**32), views=hnp.arrays(np.int64, MEMBERS, elements=st.integers(0, 40)))
+def test_mutual_information_is_between_0_and_the_entropy(seed: int, views: np.ndarray) -> None:
+    views[0] += 1
+    mean = average(softmax((MEMBERS, CLASSES), seed) * views[:, None], views)
+
+    assert 0 <= mutual_information(mean) <= entropy(mean.ensemble)

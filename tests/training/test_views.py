@@ -8,10 +8,14 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from resnet_ensemble.training.views import (
+    ALL_PROTOCOLS,
     DENSE_PROTOCOLS,
     POSITIONS,
     PROTOCOLS,
     Preprocessing,
+    block_pixels,
+    block_sizes,
+    make_blocks,
     make_views,
     make_whole_views,
     mean_colour,
@@ -159,3 +163,22 @@ def test_of_a_very_long_image_the_middle_is_seen() -> None:
 
     assert view.shape == (32, 64, 3)
     assert view.min() >= 150  # the filter reaches a little beyond the middle
+
+
+@pytest.mark.parametrize("protocol", ALL_PROTOCOLS)
+@pytest.mark.parametrize("size", [(40, 40), (61, 40), (30, 77)])
+def test_blocks_are_the_views_in_their_order_one_array_a_shape(protocol: str, size: tuple[int, int]) -> None:
+    how = preprocessing()
+    made = make_views if protocol in PROTOCOLS else make_whole_views
+
+    blocks = make_blocks(picture(size), how, protocol)
+
+    for view, expected in zip((v for block in blocks for v in block), made(picture(size), how, protocol), strict=True):
+        np.testing.assert_array_equal(view, expected)
+    assert tuple(len(block) for block in blocks) == block_sizes(protocol)
+
+
+def test_of_a_square_image_blocks_have_the_pixels_that_they_say() -> None:
+    for protocol in ALL_PROTOCOLS:
+        blocks = make_blocks(picture((50, 50)), preprocessing(), protocol)
+        assert tuple(b.shape[1] * b.shape[2] for b in blocks) == block_pixels(preprocessing(), protocol)
