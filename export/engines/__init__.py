@@ -75,6 +75,14 @@ class BackendUnavailable(Exception):
     """The backend's package is not installed or does not work on this host; the message says what to install."""
 
 
+class EngineBuildError(Exception):
+    """A graph can't be compiled; the message says what the compiler said."""
+
+
+class EngineLoadError(BackendUnavailable):
+    """A compiled engine does not run on this host; the message says why and what to do."""
+
+
 def backend(name: str) -> Backend:
     """Import a backend. Raises BackendUnavailable."""
     try:
