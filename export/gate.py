@@ -42,10 +42,13 @@ class Limit:
 
 
 # On 143 photographs, center view, BF16 agreed on 98.6 and 99.3 % (ResNet-18 and 50), with differences up to 0.033.
+# FP16 differed by 0.0015 on the golden views of the shipped ResNet-20, through ONNX Runtime.
 LIMITS: dict[Precision, Limit] = {
     "fp32": Limit(0.999, 1e-3),
+    "fp16": Limit(0.99, 0.05),
     "bf16": Limit(0.97, 0.15),
     "int8": Limit(0.95, 0.35),
+    "fp8": Limit(0.95, 0.35),
 }
 # Points by which the error on labelled pictures may be higher than FP32's.
 ERROR_MARGIN = 1.0

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 # Where activations are quantized in an INT8 graph (export/quantize.py).
 #   inputs    the inputs of convolutions; residual sums stay in FP32
 #   trunk     every activation that a convolution reads, for all that read it, so that residual sums read bytes too
@@ -73,6 +73,14 @@ _REMEDY = {"onnxruntime": "pip install 'resnet-ensemble[cpu]'", "openvino": "pip
 
 class BackendUnavailable(Exception):
     """The backend's package is not installed or does not work on this host; the message says what to install."""
+
+
+class EngineBuildError(Exception):
+    """A graph can't be compiled; the message says what the compiler said."""
+
+
+class EngineLoadError(BackendUnavailable):
+    """A compiled engine does not run on this host; the message says why and what to do."""
 
 
 def backend(name: str) -> Backend:

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from resnet_ensemble.export import gate
 from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.engines import Precision
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.export.gate import CalibrationError, Finding
 
@@ -44,6 +46,8 @@ def test_lower_precisions_have_wider_limits() -> None:
     assert FINE.verdict("fp32") != "passed"
     assert FINE.verdict("bf16") == "passed"
     assert replace(FINE, agreement=0.96).verdict("bf16") != "passed"
+    assert replace(FINE, agreement=0.96).verdict("fp8") == replace(FINE, agreement=0.96).verdict("int8") == "passed"
+    assert set(gate.LIMITS) == set(get_args(Precision))
 
 
 def picture(path: Path, value: int) -> None:

@@ -1,0 +1,54 @@
+"""The sizes of views that a TensorRT plan is built for. A plan takes no others.
+
+A size is (n, h, w), of views uint8 (n, h, w, 3).
+"""
+
+from dataclasses import dataclass
+
+from resnet_ensemble.training.views import LONGEST, SCALES, Preprocessing
+
+Size = tuple[int, int, int]
+
+# Batches of crops that are captured as CUDA graphs; others are padded up to the next, or split where they are larger.
+# An image has 1, 2 or 10 crops, so that whole images fill these.
+BUCKETS = (1, 2, 5, 10, 20, 40)
+FEW = 5  # up to here a plan is tuned for the quickest answer, above it for the most views
+WHOLE_VIEWS = 4  # of one size in one run
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Sizes from `least` to `most`, each axis on its own, tuned for `best`."""
+
+    least: Size
+    best: Size
+    most: Size
+
+    @property
+    def crops(self) -> bool:
+        """Whether only the batch differs."""
+        return self.least[1:] == self.most[1:]
+
+    def accepts(self, size: Size) -> bool:
+        """Whether a plan with this profile runs views of a size."""
+        return all(low <= n <= high for low, n, high in zip(self.least, size, self.most, strict=True))
+
+
+def profiles(seen: Preprocessing) -> tuple[Profile, ...]:
+    """Crops, few and many; whole views that are wide, and those that are tall.
+
+    Wide and tall ones are apart because a profile's memory is that of its largest height with its largest width.
+    """
+    side, quantum = seen.crop, seen.quantum
+    shortest = min(seen.resize, SCALES[0] * quantum)
+    shorter = max(seen.resize, SCALES[-1] * quantum)
+    # Photographs are mostly 3:4.
+    usual = quantum * max(1, round(seen.resize * 4 / 3 / quantum))
+    n = WHOLE_VIEWS
+    many = next(bucket for bucket in BUCKETS if bucket > FEW)
+    return (
+        Profile((1, side, side), (1, side, side), (FEW, side, side)),
+        Profile((many, side, side), (BUCKETS[-1], side, side), (BUCKETS[-1], side, side)),
+        Profile((1, shortest, shortest), (2, seen.resize, usual), (n, shorter, LONGEST * shorter)),
+        Profile((1, shortest, shortest), (2, usual, seen.resize), (n, LONGEST * shorter, shorter)),
+    )
