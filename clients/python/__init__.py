@@ -6,8 +6,9 @@ with Client("http://localhost:8000") as client:
     print(client.classify("cat.jpg").label)
 """
 
-from resnet_ensemble.client._client import Client, Image
+from resnet_ensemble.client._client import Answer, AsyncClient, Client
 from resnet_ensemble.client._errors import (
+    AuthenticationError,
     BadRequestError,
     ConnectionFailedError,
     ImageError,
@@ -22,9 +23,13 @@ from resnet_ensemble.client._errors import (
     TooLargeError,
     UnsupportedImageError,
 )
+from resnet_ensemble.client._images import Image
 from resnet_ensemble.client._types import ClassProbability, Info, MemberVote, Prediction
 
 __all__ = [
+    "Answer",
+    "AsyncClient",
+    "AuthenticationError",
     "BadRequestError",
     "ClassProbability",
     "Client",

@@ -1,93 +1,128 @@
-"""The synchronous client."""
+"""The clients: the same names, the same answers; one blocks, the other is awaited."""
 
-import importlib.metadata
-import io
-import os
+import asyncio
+import collections
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeAlias, TypeVar, Union
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Self, TypeAlias, TypeVar
 
 import httpx2
 
-from resnet_ensemble.client._errors import (
-    ConnectionFailedError,
-    ResponseError,
-    StatusError,
-    TimedOutError,
-    error_class,
-)
-from resnet_ensemble.client._retries import DEFAULT_RETRIES, delay, parse_retry_after, retryable
+from resnet_ensemble.client import _protocol
+from resnet_ensemble.client._errors import ResnetError
+from resnet_ensemble.client._images import Image, encoded
+from resnet_ensemble.client._protocol import DEFAULT_TIMEOUT, Conversation, Options, Outcome, Request
+from resnet_ensemble.client._retries import DEFAULT_RETRIES, DEFAULT_RETRY_SECONDS
 from resnet_ensemble.client._types import Info, Prediction
 
-if TYPE_CHECKING:
-    import PIL.Image
-
-DEFAULT_TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-
-Image: TypeAlias = Union[str, "os.PathLike[str]", bytes, bytearray, memoryview, BinaryIO, "PIL.Image.Image"]
-"""A path, encoded bytes, a file opened in binary mode, or a PIL image."""
+Answer: TypeAlias = Prediction | ResnetError | OSError
+"""What `classify_many` gives for an image: its prediction, or why there is none."""
 
 _T = TypeVar("_T")
+
+
+def _changed(options: Options, **given: Any) -> Options:
+    return replace(options, **{name: value for name, value in given.items() if value is not None})
 
 
 class Client:
     """Talks to one server over kept-alive connections. Thread-safe. Use it in a `with` block, or call `close`.
 
-    - url: where the server is
+    - url: where the server is; by default $RESNET_CLIENT_URL or http://localhost:8000
+    - api_key: sent as a bearer token, for a gateway in front of the server; by default $RESNET_CLIENT_API_KEY or none
     - timeout: seconds for an answer, or an httpx2.Timeout; by default 60, and 5 to connect, or what `http_client` has
-    - max_retries: attempts after the first, on connection errors, 408, 429 and 5xx
+    - max_retries: attempts after the first, on connection errors, 408, 429 and 5xx, as `Retry-After` asks
+    - retry_seconds: no retry begins later than this after the first attempt
     - http_client: an httpx2.Client of your own (proxies, certificates, transports); it is not closed by this one
     """
 
     def __init__(
         self,
-        url: str = "http://localhost:8000",
+        url: str | None = None,
         *,
+        api_key: str | None = None,
         timeout: float | httpx2.Timeout | None = None,
         max_retries: int = DEFAULT_RETRIES,
+        retry_seconds: float = DEFAULT_RETRY_SECONDS,
         http_client: httpx2.Client | None = None,
     ) -> None:
-        self._url = url.rstrip("/")
-        self._max_retries = max_retries
+        self._options = Options(url, api_key, timeout, max_retries, retry_seconds)
         self._owns_http = http_client is None
         self._http = http_client or httpx2.Client(timeout=DEFAULT_TIMEOUT)
-        self._timeout: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
-        self._headers = {"User-Agent": f"resnet-ensemble-python/{importlib.metadata.version('resnet-ensemble')}"}
 
     def classify(
-        self,
-        image: Image,
-        *,
-        top_k: int = 5,
-        protocol: str | None = None,
+        self, image: Image, *, top_k: int = 5, protocol: str | None = None, stop: str | None = None
     ) -> Prediction:
         """Classify one image.
 
-        - image: a path, encoded bytes, a file opened in binary mode, or a PIL image
+        - image: a path, encoded bytes, a file opened in binary mode, a PIL image, or a NumPy array of uint8
         - top_k: how many classes to answer
-        - protocol: "center", "flip" or "10crop"; the server's own by default
+        - protocol: which views to average, such as "center" or "10crop"; the server's own by default
+        - stop: when to stop evaluating views, such as "full" or "exact"; the server's own by default
 
-        Raises ResnetError and its kin, and OSError for a path that can't be read.
+        Raises ResnetError and its kin, OSError for a path that can't be read, TypeError for what is no image.
         """
-        options: dict[str, str | int] = {"top_k": top_k}
-        if protocol is not None:
-            options["protocol"] = protocol
-        response = self._request(
-            "POST", "/predict", params=options, content=encoded(image), content_type="application/octet-stream"
+        return self._run(
+            _protocol.predict(self._options, encoded(image), top_k=top_k, protocol=protocol, stop=stop),
         )
-        return _parsed(response, lambda answer: Prediction.parse(answer, response.headers.get("x-request-id", "")))
+
+    def classify_many(
+        self,
+        images: Iterable[Image],
+        *,
+        top_k: int = 5,
+        protocol: str | None = None,
+        stop: str | None = None,
+        concurrency: int = 8,
+    ) -> Iterator[Answer]:
+        """Classify images, `concurrency` at a time, and give their answers in order. Options are those of `classify`.
+
+        An image that fails gives its error as a value. `images` may be endless: it is read little by little, and
+        nothing is begun before the first answer is asked for.
+        """
+
+        def classify(image: Image) -> Answer:
+            try:
+                return self.classify(image, top_k=top_k, protocol=protocol, stop=stop)
+            except (ResnetError, OSError) as error:
+                return error
+
+        pending: collections.deque[Future[Answer]] = collections.deque()
+        pool = ThreadPoolExecutor(concurrency, thread_name_prefix="classify")
+        try:
+            for image in images:
+                pending.append(pool.submit(classify, image))
+                if len(pending) >= 2 * concurrency:  # so that one slow image does not hold up the others at once
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def info(self) -> Info:
         """What the server serves."""
-        return _parsed(self._request("GET", "/info"), Info.parse)
+        return self._run(_protocol.info(self._options))
 
     def ready(self) -> bool:
         """Whether the server can classify now. Asks once; False also when nothing answers."""
-        try:
-            return self._send("GET", "/readyz").status_code == httpx2.codes.OK
-        except ConnectionFailedError:
-            return False
+        return self._run(_protocol.ready(self._options))
+
+    def with_options(
+        self,
+        *,
+        api_key: str | None = None,
+        timeout: float | httpx2.Timeout | None = None,
+        max_retries: int | None = None,
+        retry_seconds: float | None = None,
+    ) -> "Client":
+        """A client with other options over the same connections, which stay this one's to close."""
+        client = Client(http_client=self._http)
+        client._options = _changed(
+            self._options, api_key=api_key, timeout=timeout, max_retries=max_retries, retry_seconds=retry_seconds
+        )
+        return client
 
     def close(self) -> None:
         """Close the connections."""
@@ -100,76 +135,149 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _request(self, method: str, path: str, *, content_type: str | None = None, **request: Any) -> httpx2.Response:
-        """Send, and send again while the policy allows. Raises ResnetError."""
-        retry = 0
+    def _run(self, conversation: Conversation[_T]) -> _T:
+        outcome: Outcome = None
         while True:
-            error: ConnectionFailedError | StatusError
-            wait: float | None = None
             try:
-                response = self._send(method, path, content_type=content_type, **request)
-            except ConnectionFailedError as failure:
-                error, wait = failure, delay(retry, None)
+                step = conversation.send(outcome)
+            except StopIteration as finished:
+                answer: _T = finished.value
+                return answer
+            if isinstance(step, Request):
+                outcome = self._send(step)
             else:
-                if response.is_success:
-                    return response
-                error = _status_error(response)
-                if retryable(error.status):
-                    wait = delay(retry, error.retry_after)
-            if wait is None or retry == self._max_retries:
-                raise error
-            time.sleep(wait)
-            retry += 1
+                outcome = None
+                time.sleep(step)
 
-    def _send(self, method: str, path: str, *, content_type: str | None = None, **request: Any) -> httpx2.Response:
-        headers = self._headers | ({"Content-Type": content_type} if content_type else {})
+    def _send(self, request: Request) -> httpx2.Response | httpx2.TransportError:
         try:
-            return self._http.request(method, self._url + path, headers=headers, **self._timeout, **request)
-        except httpx2.TimeoutException as error:
-            raise TimedOutError(f"no answer from {self._url}{path} in time ({type(error).__name__})") from error
+            return self._http.request(request.method, request.url, **request.arguments)
         except httpx2.TransportError as error:
-            raise ConnectionFailedError(f"no connection to {self._url}: {error}") from error
+            return error
 
 
-def encoded(image: Image) -> bytes:
-    """The bytes to send for an image. Raises TypeError for what is none."""
-    if isinstance(image, (str, os.PathLike)):
-        with open(image, "rb") as file:
-            return file.read()
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return bytes(image)
-    # PIL is recognised by where its classes live, so that the SDK neither needs nor imports it.
-    if any(base.__module__ == "PIL.Image" for base in type(image).__mro__):
-        return _png(image)
-    read = getattr(image, "read", None)
-    content = read() if callable(read) else None
-    if not isinstance(content, bytes):
-        raise TypeError(
-            f"an image must be a path, bytes, a file opened in binary mode or a PIL image, not {type(image).__name__}"
+class AsyncClient:
+    """Client for asyncio: the same options and answers. Use it in an `async with` block, or await `close`.
+
+    http_client: an httpx2.AsyncClient of your own; it is not closed by this one
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        api_key: str | None = None,
+        timeout: float | httpx2.Timeout | None = None,
+        max_retries: int = DEFAULT_RETRIES,
+        retry_seconds: float = DEFAULT_RETRY_SECONDS,
+        http_client: httpx2.AsyncClient | None = None,
+    ) -> None:
+        self._options = Options(url, api_key, timeout, max_retries, retry_seconds)
+        self._owns_http = http_client is None
+        self._http = http_client or httpx2.AsyncClient(timeout=DEFAULT_TIMEOUT)
+
+    async def classify(
+        self, image: Image, *, top_k: int = 5, protocol: str | None = None, stop: str | None = None
+    ) -> Prediction:
+        """Classify one image; see Client.classify. What has to be read or encoded is, in a thread."""
+        content = image if isinstance(image, bytes) else await asyncio.to_thread(encoded, image)
+        return await self._run(
+            _protocol.predict(self._options, content, top_k=top_k, protocol=protocol, stop=stop),
         )
-    return content
+
+    async def classify_many(
+        self,
+        images: Iterable[Image] | AsyncIterable[Image],
+        *,
+        top_k: int = 5,
+        protocol: str | None = None,
+        stop: str | None = None,
+        concurrency: int = 8,
+    ) -> AsyncIterator[Answer]:
+        """Classify images, `concurrency` at a time, and give their answers in order; see Client.classify_many."""
+        running = asyncio.Semaphore(concurrency)
+
+        async def classify(image: Image) -> Answer:
+            async with running:
+                try:
+                    return await self.classify(image, top_k=top_k, protocol=protocol, stop=stop)
+                except (ResnetError, OSError) as error:
+                    return error
+
+        pending: collections.deque[asyncio.Task[Answer]] = collections.deque()
+        try:
+            async for image in _each(images):
+                pending.append(asyncio.create_task(classify(image)))
+                if len(pending) >= 2 * concurrency:
+                    yield await pending[0]
+                    pending.popleft()
+            while pending:
+                yield await pending[0]
+                pending.popleft()
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+    async def info(self) -> Info:
+        """What the server serves."""
+        return await self._run(_protocol.info(self._options))
+
+    async def ready(self) -> bool:
+        """Whether the server can classify now. Asks once; False also when nothing answers."""
+        return await self._run(_protocol.ready(self._options))
+
+    def with_options(
+        self,
+        *,
+        api_key: str | None = None,
+        timeout: float | httpx2.Timeout | None = None,
+        max_retries: int | None = None,
+        retry_seconds: float | None = None,
+    ) -> "AsyncClient":
+        """A client with other options over the same connections, which stay this one's to close."""
+        client = AsyncClient(http_client=self._http)
+        client._options = _changed(
+            self._options, api_key=api_key, timeout=timeout, max_retries=max_retries, retry_seconds=retry_seconds
+        )
+        return client
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._owns_http:
+            await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def _run(self, conversation: Conversation[_T]) -> _T:
+        outcome: Outcome = None
+        while True:
+            try:
+                step = conversation.send(outcome)
+            except StopIteration as finished:
+                answer: _T = finished.value
+                return answer
+            if isinstance(step, Request):
+                outcome = await self._send(step)
+            else:
+                outcome = None
+                await asyncio.sleep(step)
+
+    async def _send(self, request: Request) -> httpx2.Response | httpx2.TransportError:
+        try:
+            return await self._http.request(request.method, request.url, **request.arguments)
+        except httpx2.TransportError as error:
+            return error
 
 
-def _png(image: Any) -> bytes:
-    content = io.BytesIO()
-    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(content, "PNG")
-    return content.getvalue()
-
-
-def _status_error(response: httpx2.Response) -> StatusError:
-    """The typed error for a problem document, or for whatever a proxy answered instead."""
-    try:
-        problem = response.json()
-        code, detail = str(problem["code"]), str(problem["detail"])
-    except (ValueError, KeyError, TypeError):
-        code, detail = "unknown", response.text[:200]
-    request_id = response.headers.get("x-request-id", "")
-    retry_after = parse_retry_after(response.headers.get("retry-after"))
-    return error_class(response.status_code, code)(response.status_code, code, detail, request_id, retry_after)
-
-
-def _parsed(response: httpx2.Response, parse: Callable[[Any], _T]) -> _T:
-    try:
-        return parse(response.json())
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResponseError(f"{response.url} answered something else than a resnet-ensemble server: {error}") from error
+async def _each(images: Iterable[Image] | AsyncIterable[Image]) -> AsyncIterator[Image]:
+    if isinstance(images, AsyncIterable):
+        async for image in images:
+            yield image
+    else:
+        for image in images:
+            yield image

@@ -6,6 +6,7 @@ ResnetError
 ├── ResponseError                 something answered, but not a resnet-ensemble server
 └── StatusError                   the server answered with a problem: status, code, detail, request_id
     ├── BadRequestError           400, 404, 405, 408
+    ├── AuthenticationError       401, 403  a gateway wants another key
     ├── TooLargeError             413  bytes or pixels
     ├── UnsupportedImageError     415  not an image in a supported format
     ├── ImageError                422  damaged image, or a wrong option
@@ -50,9 +51,17 @@ class StatusError(ResnetError):
         self.request_id = request_id
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[type["StatusError"], tuple[int, str, str, str, float | None]]:
+        """To cross processes."""
+        return type(self), (self.status, self.code, self.detail, self.request_id, self.retry_after)
+
 
 class BadRequestError(StatusError):
     """The request is wrong in form: 400, 404, 405, 408."""
+
+
+class AuthenticationError(StatusError):
+    """401, 403: a gateway wants another key."""
 
 
 class TooLargeError(StatusError):
@@ -85,6 +94,8 @@ class NotReadyError(ServerError):
 
 _BY_CODE: dict[str, type[StatusError]] = {"overloaded": OverloadedError, "not_ready": NotReadyError}
 _BY_STATUS: dict[int, type[StatusError]] = {
+    401: AuthenticationError,
+    403: AuthenticationError,
     413: TooLargeError,
     415: UnsupportedImageError,
     422: ImageError,

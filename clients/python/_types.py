@@ -40,8 +40,13 @@ class Prediction:
 
     - views_used, views_planned: views evaluated, and views that the protocol has, over all members
     - bundle: name, version and hash of the models that answered
+    - stop_rule: which rule ended the evaluation
+    - decided: whether the label is provably the full ensemble's
+    - entropy: of the averaged probabilities, in nats; mutual_information: how much the members disagree, in nats
     - timings_ms: the server's milliseconds by stage
     - request_id: what to quote when asking about this answer
+
+    What an older server does not tell is None.
     """
 
     label: str
@@ -55,6 +60,10 @@ class Prediction:
     bundle: str
     timings_ms: Mapping[str, float]
     request_id: str
+    stop_rule: str | None = None
+    decided: bool | None = None
+    entropy: float | None = None
+    mutual_information: float | None = None
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any], request_id: str) -> Self:
@@ -71,6 +80,10 @@ class Prediction:
             bundle=answer["bundle"],
             timings_ms=dict(answer["timings_ms"]),
             request_id=request_id,
+            stop_rule=answer.get("stop_rule"),
+            decided=answer.get("decided"),
+            entropy=answer.get("entropy"),
+            mutual_information=answer.get("mutual_information"),
         )
 
 

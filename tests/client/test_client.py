@@ -1,7 +1,11 @@
-"""The SDK against the real application on fake engines, and against scripted answers."""
+"""Both clients against the real application on fake engines, in process and over sockets, and scripted answers."""
 
+import asyncio
 import io
+import pickle
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,42 +13,14 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
-from fastapi.testclient import TestClient
 from PIL import Image
 
 import resnet_ensemble.client as sdk
-from resnet_ensemble.client import Client, _client
+from resnet_ensemble.client import AsyncClient, Client, Prediction
+from tests.client.conftest import Either
 
 Png = Callable[..., bytes]
-
-
-@pytest.fixture
-def connected(client: TestClient) -> Iterator[Client]:
-    with Client("http://testserver", http_client=client) as connected:
-        yield connected
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Nothing sleeps; the waits are kept."""
-    kept: list[float] = []
-    monkeypatch.setattr(_client.time, "sleep", kept.append)
-    return kept
-
-
-def scripted(*answers: httpx2.Response | Exception, **options: Any) -> tuple[Client, list[httpx2.Request]]:
-    """A client whose server gives these answers in turn."""
-    requests: list[httpx2.Request] = []
-    script = iter(answers)
-
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        requests.append(request)
-        following = next(script)
-        if isinstance(following, Exception):
-            raise following
-        return following
-
-    return Client("http://x", http_client=httpx2.Client(transport=httpx2.MockTransport(answer)), **options), requests
+Scripted = Callable[..., tuple[Either, list[httpx2.Request]]]
 
 
 def problem(status: int, code: str, **headers: str) -> httpx2.Response:
@@ -66,14 +42,14 @@ PREDICTION = {
 }
 
 
-def ok() -> httpx2.Response:
-    return httpx2.Response(200, json=PREDICTION, headers={"X-Request-ID": "r0"})
+def ok(**fields: Any) -> httpx2.Response:
+    return httpx2.Response(200, json=PREDICTION | fields, headers={"X-Request-ID": "r0"})
 
 
 # Classifying
 
 
-def test_a_prediction_is_typed_and_frozen(connected: Client, png: Png) -> None:
+def test_a_prediction_is_typed_and_frozen(connected: Either, png: Png) -> None:
     prediction = connected.classify(png(255), top_k=3, protocol="flip")
 
     assert (prediction.label, prediction.index, prediction.protocol) == ("truck", 9, "flip")
@@ -89,6 +65,7 @@ def test_a_prediction_is_typed_and_frozen(connected: Client, png: Png) -> None:
 
 def images(tmp_path: Path, content: bytes) -> dict[str, Any]:
     (tmp_path / "cat.png").write_bytes(content)
+    picture = Image.open(io.BytesIO(content))
     return {
         "path": tmp_path / "cat.png",
         "string": str(tmp_path / "cat.png"),
@@ -97,24 +74,48 @@ def images(tmp_path: Path, content: bytes) -> dict[str, Any]:
         "memoryview": memoryview(content),
         "file": (tmp_path / "cat.png").open("rb"),
         "BytesIO": io.BytesIO(content),
-        "PIL": Image.open(io.BytesIO(content)),
-        "PIL CMYK": Image.open(io.BytesIO(content)).convert("CMYK"),
+        "PIL": picture,
+        "PIL CMYK": picture.convert("CMYK"),
+        "array": np.asarray(picture),
+        "grey array": np.asarray(picture.convert("L")),
+        "array of one channel": np.asarray(picture.convert("L"))[..., None],
+        "RGBA array": np.asarray(picture.convert("RGBA")),
+        "strided array": np.asarray(picture)[::2, ::-1],
     }
 
 
-@pytest.mark.parametrize(
-    "kind", ["path", "string", "bytes", "bytearray", "memoryview", "file", "BytesIO", "PIL", "PIL CMYK"]
-)
-def test_every_kind_of_image_is_sent(connected: Client, png: Png, tmp_path: Path, kind: str) -> None:
+KINDS = [
+    "path", "string", "bytes", "bytearray", "memoryview", "file", "BytesIO", "PIL", "PIL CMYK",
+    "array", "grey array", "array of one channel", "RGBA array", "strided array",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_is_sent(scripted: Scripted, png: Png, tmp_path: Path, kind: str) -> None:
+    client, requests = scripted(ok())
     given = images(tmp_path, png(255))
     try:
-        assert connected.classify(given[kind]).label == "truck"
+        client.classify(given[kind])
     finally:
         given["file"].close()
 
+    assert Image.open(io.BytesIO(requests[0].content)).convert("RGB").getextrema() == ((255, 255),) * 3
 
-@pytest.mark.parametrize("image", [None, 3, io.StringIO("text"), np.zeros((2, 2, 3), np.uint8), ["a"]])
-def test_what_is_no_image_is_refused_before_anything_is_sent(image: Any) -> None:
+
+def test_an_array_arrives_as_it_is(scripted: Scripted) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    client, requests = scripted(ok(), ok())
+
+    client.classify(array)
+    client.classify(array[:, ::-1])
+
+    received = [np.asarray(Image.open(io.BytesIO(request.content))) for request in requests]
+    assert (received[0] == array).all()
+    assert (received[1] == array[:, ::-1]).all()
+
+
+@pytest.mark.parametrize("image", [None, 3, io.StringIO("text"), ["a"]])
+def test_what_is_no_image_is_refused_before_anything_is_sent(scripted: Scripted, image: Any) -> None:
     client, requests = scripted()
 
     with pytest.raises(TypeError, match="an image must be a path, bytes"):
@@ -122,18 +123,144 @@ def test_what_is_no_image_is_refused_before_anything_is_sent(image: Any) -> None
     assert requests == []
 
 
-def test_a_path_that_does_not_exist_is_an_os_error(connected: Client) -> None:
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((2, 2, 3)), np.zeros((3, 2, 2), np.uint8), np.zeros((0, 2), np.uint8), np.zeros((1, 2, 2, 3), np.uint8)],
+    ids=["float", "channels first", "empty", "a batch"],
+)
+def test_an_array_that_is_no_picture_is_refused(scripted: Scripted, array: Any) -> None:
+    client, _ = scripted()
+
+    with pytest.raises(TypeError, match=r"an array must be uint8 of shape \(h, w\).*not "):
+        client.classify(array)
+
+
+def test_a_path_that_does_not_exist_is_an_os_error(scripted: Scripted) -> None:
+    client, _ = scripted()
+
     with pytest.raises(FileNotFoundError, match=r"no\.jpg"):
-        connected.classify("no.jpg")
+        client.classify("no.jpg")
 
 
-def test_info_tells_what_is_served(connected: Client) -> None:
+def test_only_the_options_that_are_given_are_sent(scripted: Scripted, png: Png) -> None:
+    client, requests = scripted(ok(), ok())
+
+    client.classify(png())
+    client.classify(png(), top_k=1, protocol="center", stop="exact")
+
+    assert [str(request.url) for request in requests] == [
+        "http://x/predict?top_k=5",
+        "http://x/predict?top_k=1&protocol=center&stop=exact",
+    ]
+
+
+def test_what_a_newer_server_tells_is_typed_and_what_an_older_one_lacks_is_none(scripted: Scripted, png: Png) -> None:
+    client, _ = scripted(ok(), ok(entropy=0.5, mutual_information=0.1, decided=True, stop_rule="exact"))
+
+    old, new = client.classify(png()), client.classify(png())
+
+    assert (old.entropy, old.mutual_information, old.decided, old.stop_rule) == (None,) * 4
+    assert (new.entropy, new.mutual_information, new.decided, new.stop_rule) == (0.5, 0.1, True, "exact")
+
+
+def test_info_tells_what_is_served(connected: Either) -> None:
     info = connected.info()
 
     assert info.labels[0] == "airplane"
     assert info.protocols["10crop"] == 10
     assert info.members[:2] == ("resnet20", "resnet32")
     assert connected.ready()
+
+
+# Many
+
+
+def test_many_answers_come_in_order_with_errors_as_values(connected: Either, png: Png) -> None:
+    pictures = [png(255), b"no image", png(0), "no.jpg"] * 5
+
+    answers = list(connected.classify_many(pictures, top_k=1, protocol="center", concurrency=3))
+
+    assert [type(answer) for answer in answers[:4]] == [
+        Prediction,
+        sdk.UnsupportedImageError,
+        Prediction,
+        FileNotFoundError,
+    ]
+    labels = [answer.label for answer in answers if isinstance(answer, Prediction)]
+    assert labels == ["truck", "airplane"] * 5
+
+
+def test_many_reads_its_images_little_by_little(make: Callable[..., Either], png: Png) -> None:
+    taken: list[int] = []
+    in_flight, most = 0, 0
+    lock = threading.Lock()
+
+    def endless() -> Iterator[bytes]:
+        while True:
+            taken.append(1)
+            yield png()
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        nonlocal in_flight, most
+        with lock:
+            in_flight += 1
+            most = max(most, in_flight)
+        response = ok()
+        with lock:
+            in_flight -= 1
+        return response
+
+    answers = make(httpx2.MockTransport(answer)).classify_many(endless(), concurrency=2)
+    assert taken == []
+
+    for _ in range(10):
+        next(answers)
+
+    assert len(taken) <= 10 + 2 * 2
+    assert most <= 2
+
+
+def test_what_is_no_image_among_many_is_the_callers_mistake(scripted: Scripted, png: Png) -> None:
+    client, _ = scripted(ok(), ok())
+
+    with pytest.raises(TypeError, match="an image must be"):
+        list(client.classify_many([png(), 3]))  # type: ignore[list-item]
+
+
+def test_asynchronous_images_are_taken_too(png: Png) -> None:
+    async def pictures() -> Any:
+        for brightness in range(3):
+            yield png(brightness)
+
+    async def answers() -> list[Any]:
+        http = httpx2.AsyncClient(transport=httpx2.MockTransport(lambda _: ok()))
+        return [answer async for answer in AsyncClient("http://x", http_client=http).classify_many(pictures())]
+
+    assert [answer.label for answer in asyncio.run(answers())] == ["cat"] * 3
+
+
+def test_leaving_many_early_cancels_what_is_under_way(png: Png) -> None:
+    cancelled = []
+
+    async def never(_: httpx2.Request) -> httpx2.Response:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(1)
+            raise
+        return ok()
+
+    async def leave() -> None:
+        client = AsyncClient("http://x", http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(never)))
+        answers = client.classify_many([png()] * 10, concurrency=2)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await anext(answers)
+        await answers.aclose()  # type: ignore[attr-defined]
+        assert len(cancelled) >= 2
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(leave())
 
 
 # Errors
@@ -148,7 +275,7 @@ def test_info_tells_what_is_served(connected: Client) -> None:
     ],
 )
 def test_a_bad_image_is_a_typed_error(
-    connected: Client, content: bytes, error: type[sdk.StatusError], code: str
+    connected: Either, content: bytes, error: type[sdk.StatusError], code: str
 ) -> None:
     with pytest.raises(error, match=code) as caught:
         connected.classify(content)
@@ -158,7 +285,7 @@ def test_a_bad_image_is_a_typed_error(
     assert caught.value.request_id in str(caught.value)
 
 
-def test_a_wrong_option_is_a_typed_error(connected: Client, png: Png) -> None:
+def test_a_wrong_option_is_a_typed_error(connected: Either, png: Png) -> None:
     with pytest.raises(sdk.ImageError, match="invalid_option"):
         connected.classify(png(), protocol="11crop")
 
@@ -167,17 +294,20 @@ def test_a_wrong_option_is_a_typed_error(connected: Client, png: Png) -> None:
     ("answer", "error"),
     [
         (problem(404, "not_found"), sdk.BadRequestError),
+        (problem(401, "unauthorized"), sdk.AuthenticationError),
+        (problem(403, "forbidden"), sdk.AuthenticationError),
         (problem(413, "too_many_pixels"), sdk.TooLargeError),
         (problem(429, "quota_exceeded"), sdk.QuotaExceededError),
         (problem(500, "engine_failure"), sdk.ServerError),
         (problem(503, "overloaded"), sdk.OverloadedError),
         (problem(503, "not_ready"), sdk.NotReadyError),
         (httpx2.Response(502, text="<html>bad gateway</html>"), sdk.ServerError),
+        (httpx2.Response(301, headers={"location": "https://x/"}), sdk.ResponseError),
         (httpx2.ConnectError("refused"), sdk.ConnectionFailedError),
         (httpx2.ReadTimeout("slow"), sdk.TimedOutError),
     ],
 )
-def test_every_failure_has_its_error(answer: Any, error: type[sdk.ResnetError], png: Png) -> None:
+def test_every_failure_has_its_error(scripted: Scripted, answer: Any, error: type[sdk.ResnetError], png: Png) -> None:
     client, _ = scripted(answer, max_retries=0)
 
     with pytest.raises(sdk.ResnetError) as caught:
@@ -186,8 +316,8 @@ def test_every_failure_has_its_error(answer: Any, error: type[sdk.ResnetError], 
     assert type(caught.value) is error
 
 
-@pytest.mark.parametrize("body", ["<html>", "[]", '{"label": "cat"}', "null"])
-def test_another_kind_of_server_is_recognised(body: str, png: Png) -> None:
+@pytest.mark.parametrize("body", ["<html>", "[]", '{"label": "cat"}', "null", '{"label": "cat", "top": ["cat"]}'])
+def test_another_kind_of_server_is_recognised(scripted: Scripted, body: str, png: Png) -> None:
     client, _ = scripted(httpx2.Response(200, text=body))
 
     with pytest.raises(sdk.ResponseError, match="something else than a resnet-ensemble server"):
@@ -201,6 +331,15 @@ def test_every_error_is_drawn_in_the_tree() -> None:
 
     assert all(name in (_errors.__doc__ or "") for name in errors)
     assert errors <= set(sdk.__all__)
+
+
+def test_answers_and_errors_cross_processes(scripted: Scripted, png: Png) -> None:
+    client, _ = scripted(ok(), problem(422, "corrupt_image", **{"Retry-After": "3"}))
+
+    for answer in client.classify_many([png(), png()], concurrency=1):
+        copy = pickle.loads(pickle.dumps(answer))
+        assert type(copy) is type(answer)
+        assert vars(copy) == vars(answer)
 
 
 # Retries
@@ -218,7 +357,7 @@ def test_every_error_is_drawn_in_the_tree() -> None:
     ],
     ids=str,
 )
-def test_what_may_pass_is_tried_twice_more(failure: Any, png: Png, waits: list[float]) -> None:
+def test_what_may_pass_is_tried_twice_more(scripted: Scripted, failure: Any, png: Png, waits: list[float]) -> None:
     client, requests = scripted(failure, failure, ok())
 
     assert client.classify(png()).request_id == "r0"
@@ -226,7 +365,7 @@ def test_what_may_pass_is_tried_twice_more(failure: Any, png: Png, waits: list[f
     assert 0.25 <= waits[0] <= 0.5 <= waits[1] <= 1.0
 
 
-def test_a_file_is_sent_whole_again(png: Png) -> None:
+def test_a_file_is_sent_whole_again(scripted: Scripted, png: Png, waits: list[float]) -> None:
     client, requests = scripted(problem(503, "overloaded"), ok())
 
     client.classify(io.BytesIO(png(9)))
@@ -234,7 +373,7 @@ def test_a_file_is_sent_whole_again(png: Png) -> None:
     assert [request.content for request in requests] == [png(9), png(9)]
 
 
-def test_after_two_retries_the_last_error_is_raised(png: Png) -> None:
+def test_after_two_retries_the_last_error_is_raised(scripted: Scripted, png: Png, waits: list[float]) -> None:
     client, requests = scripted(*[problem(503, "overloaded")] * 3)
 
     with pytest.raises(sdk.OverloadedError):
@@ -242,8 +381,8 @@ def test_after_two_retries_the_last_error_is_raised(png: Png) -> None:
     assert len(requests) == 3
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 415, 422])
-def test_what_will_not_pass_is_not_tried_again(status: int, png: Png, waits: list[float]) -> None:
+@pytest.mark.parametrize("status", [400, 404, 413, 415, 422, 501])
+def test_what_will_not_pass_is_not_tried_again(scripted: Scripted, status: int, png: Png, waits: list[float]) -> None:
     client, requests = scripted(problem(status, "corrupt_image"))
 
     with pytest.raises(sdk.StatusError):
@@ -251,7 +390,7 @@ def test_what_will_not_pass_is_not_tried_again(status: int, png: Png, waits: lis
     assert (len(requests), waits) == (1, [])
 
 
-def test_the_servers_retry_after_is_honoured(png: Png, waits: list[float]) -> None:
+def test_the_servers_retry_after_is_honoured(scripted: Scripted, png: Png, waits: list[float]) -> None:
     client, _ = scripted(problem(503, "overloaded", **{"Retry-After": "7"}), ok())
 
     client.classify(png())
@@ -259,16 +398,20 @@ def test_the_servers_retry_after_is_honoured(png: Png, waits: list[float]) -> No
     assert 7 <= waits[0] <= 7 * 1.25
 
 
-def test_a_retry_after_that_is_too_long_is_given_up_at_once(png: Png, waits: list[float]) -> None:
-    client, requests = scripted(problem(503, "overloaded", **{"Retry-After": "3600"}))
+def test_a_retry_that_would_come_too_late_is_given_up_at_once(scripted: Scripted, png: Png, waits: list[float]) -> None:
+    answer = problem(503, "overloaded", **{"Retry-After": "50"})
+    default, _ = scripted(answer, ok())
+    hasty, requests = scripted(answer, retry_seconds=10)
 
+    default.classify(png())
     with pytest.raises(sdk.OverloadedError) as caught:
-        client.classify(png())
-    assert caught.value.retry_after == 3600
-    assert (len(requests), waits) == (1, [])
+        hasty.classify(png())
+
+    assert caught.value.retry_after == 50
+    assert (len(requests), len(waits)) == (1, 1)
 
 
-def test_ready_asks_once_and_never_raises() -> None:
+def test_ready_asks_once_and_never_raises(scripted: Scripted) -> None:
     for answer, expected in [(problem(503, "not_ready"), False), (httpx2.ConnectError("refused"), False), (ok(), True)]:
         client, requests = scripted(answer)
 
@@ -276,7 +419,7 @@ def test_ready_asks_once_and_never_raises() -> None:
         assert len(requests) == 1
 
 
-# Transport
+# Options and transport
 
 
 def test_timeouts_are_on_by_default() -> None:
@@ -284,9 +427,10 @@ def test_timeouts_are_on_by_default() -> None:
         timeout = client._http.timeout
 
     assert (timeout.connect, timeout.read) == (5.0, 60.0)
+    assert AsyncClient()._http.timeout == timeout
 
 
-def test_a_timeout_of_ones_own_goes_with_every_request(png: Png) -> None:
+def test_a_timeout_of_ones_own_goes_with_every_request(scripted: Scripted, png: Png) -> None:
     client, requests = scripted(ok(), timeout=1.5)
 
     client.classify(png())
@@ -294,42 +438,149 @@ def test_a_timeout_of_ones_own_goes_with_every_request(png: Png) -> None:
     assert requests[0].extensions["timeout"]["read"] == 1.5
 
 
+def test_with_options_shares_connections_and_changes_only_what_is_given(scripted: Scripted, png: Png) -> None:
+    client, requests = scripted(problem(500, "internal_error"), ok(), ok(), api_key="k1")
+
+    with pytest.raises(sdk.ServerError):
+        client.with_options(max_retries=0, timeout=2).classify(png())
+    client.with_options(api_key="k2").classify(png())
+    client.classify(png())
+
+    assert [request.extensions["timeout"]["read"] for request in requests] == [2, 5, 5]  # 5 is httpx2's own
+    assert [request.headers["authorization"] for request in requests] == ["Bearer k1", "Bearer k2", "Bearer k1"]
+
+
+def test_the_environment_gives_url_and_key(scripted: Scripted, png: Png, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_CLIENT_URL", "http://elsewhere:9/")
+    monkeypatch.setenv("RESNET_CLIENT_API_KEY", "secret")
+    client, requests = scripted(ok(), url=None)
+
+    client.classify(png())
+
+    assert str(requests[0].url).startswith("http://elsewhere:9/predict")
+    assert requests[0].headers["authorization"] == "Bearer secret"
+
+
+def test_what_is_given_counts_more_than_the_environment(
+    scripted: Scripted, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESNET_CLIENT_URL", "http://elsewhere:9")
+    client, requests = scripted(ok())
+
+    client.classify(png())
+
+    assert requests[0].url.host == "x"
+    assert "authorization" not in requests[0].headers
+
+
+def test_a_key_is_not_shown() -> None:
+    with Client(api_key="secret") as client:
+        assert "secret" not in repr(vars(client))
+
+
 def test_a_client_of_ones_own_is_not_closed() -> None:
     own = httpx2.Client(transport=httpx2.MockTransport(lambda _: ok()))
 
-    with Client("http://x", http_client=own):
+    with Client("http://x", http_client=own) as client, client.with_options(timeout=1):
         pass
     assert not own.is_closed
 
     with Client() as client:
-        pass
+        client.with_options(timeout=1).close()
+        assert not client._http.is_closed
     assert client._http.is_closed
 
 
-def test_requests_say_who_sends_them(png: Png) -> None:
+def test_an_asynchronous_client_closes_its_own_connections() -> None:
+    async def use() -> AsyncClient:
+        async with AsyncClient() as client:
+            assert not client._http.is_closed
+        return client
+
+    assert asyncio.run(use())._http.is_closed
+
+
+def test_requests_say_who_sends_them(scripted: Scripted, png: Png) -> None:
     client, requests = scripted(ok())
 
     client.classify(png())
 
     assert requests[0].headers["user-agent"].startswith("resnet-ensemble-python/")
-    assert str(requests[0].url) == "http://x/predict?top_k=5"
 
 
-def test_a_url_may_have_a_path_and_a_slash(png: Png) -> None:
-    requests: list[httpx2.Request] = []
+def test_a_url_may_have_a_path_and_a_slash(scripted: Scripted, png: Png) -> None:
+    client, requests = scripted(ok(), url="http://x/models/")
 
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        requests.append(request)
-        return ok()
-
-    Client("http://x/models/", http_client=httpx2.Client(transport=httpx2.MockTransport(answer))).classify(png())
+    client.classify(png())
 
     assert requests[0].url.path == "/models/predict"
 
 
+# What others see of the SDK
+
+
 def test_the_public_names_are_those_listed() -> None:
-    public = {name for name in vars(sdk) if not name.startswith("_")}
+    public = {name for name in vars(sdk) if not name.startswith("_")} - {"batch"}  # a module of its own
 
     assert public == set(sdk.__all__)
     assert sdk.__all__ == sorted(sdk.__all__)
-    assert "resnet_ensemble.client" in sys.modules
+
+
+SCRIPT = """
+import asyncio
+from resnet_ensemble.client import AsyncClient, Client, ImageError, OverloadedError, Prediction, ResnetError
+
+def classify(path: str) -> tuple[str, float, list[str]]:
+    with Client("http://localhost:8000", timeout=5) as client:
+        prediction = client.with_options(max_retries=4).classify(path, top_k=3, stop="exact")
+        for answer in client.classify_many([path, b"bytes", open(path, "rb")], concurrency=4):
+            if isinstance(answer, Prediction):
+                reveal_type(answer.entropy)
+            else:
+                reveal_type(answer)
+        return prediction.label, prediction.top[0].probability, [vote.member for vote in prediction.members]
+
+async def main() -> None:
+    async with AsyncClient() as client:
+        async for answer in client.classify_many(["cat.jpg"]):
+            print(answer.label if isinstance(answer, Prediction) else answer)
+        try:
+            print((await client.classify("cat.jpg")).views_used, (await client.info()).labels, await client.ready())
+        except OverloadedError as error:
+            print(error.retry_after, error.code, error.request_id)
+
+client = Client()
+client.classify(3)
+"""
+
+
+def test_a_users_script_is_checked_strictly(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "links" / "resnet_ensemble").mkdir(parents=True)
+    (tmp_path / "links" / "resnet_ensemble" / "client").symlink_to(root / "clients" / "python")
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\nstrict = true\nnamespace_packages = true\nexplicit_package_bases = true\n"
+        f"mypy_path = {tmp_path / 'links'}\nfollow_imports = silent\n"
+        # neither is needed, and neither is there
+        "[mypy-numpy.*,PIL.*]\nfollow_imports = error\n"
+    )
+
+    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "cache", "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    told = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if line.startswith("script.py")]
+    assert told[:2] == [
+        'note: Revealed type is "float | None"',
+        'note: Revealed type is "resnet_ensemble.client._errors.ResnetError | OSError"',
+    ]
+    assert told[2].startswith('error: Argument 1 to "classify" of "Client" has incompatible type "int"')
+    assert len(told) == 3
+    assert "numpy" not in done.stdout
+    assert "PIL" not in done.stdout.replace("PilImage", "")
+
+
+def test_arrays_and_pil_images_are_images_for_the_type_checker() -> None:
+    with pytest.raises(sdk.ConnectionFailedError):  # mypy checks these calls; here nobody answers
+        Client("http://localhost:9", max_retries=0).classify(np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(sdk.ConnectionFailedError):
+        Client("http://localhost:9", max_retries=0).classify(Image.new("RGB", (2, 2)))
