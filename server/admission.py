@@ -21,7 +21,7 @@ class Overloaded(Exception):
 
     def __init__(self, predicted: float, limit: float, reason: str) -> None:
         allowed = "the time that the request has left" if reason == "deadline" else "the limit"
-        super().__init__(f"the predicted wait is {predicted:.1f} s, above {allowed} of {limit:.3g} s")
+        super().__init__(f"the predicted wait is {predicted:.1f} s, above {allowed} of {round(limit, 1):g} s")
         self.reason = reason
         self.retry_after = max(1, math.ceil(predicted - limit))
 

@@ -124,6 +124,8 @@ class Scheduler:
 
     def release(self, job: Job) -> None:
         """Forget a job: its waiting views leave the queues and its room is free. Without effect on a finished one."""
+        if not job.active:  # as most are: then the event loop does not wait for the workers' lock
+            return
         with self._changed:
             released = self._decide.release(job)
         if released and job.future.cancel():

@@ -79,7 +79,7 @@ def test_hundreds_of_clients_that_leave_at_any_moment_leave_nothing_behind(
     assert classifier.waiting_view_bytes == 0
 
 
-def test_a_single_image_is_answered_long_before_a_large_request(
+def test_a_single_image_is_answered_before_a_large_request_that_came_first(
     classifier: Classifier, png: Callable[..., bytes]
 ) -> None:
     async def race() -> tuple[float, float]:
@@ -93,4 +93,4 @@ def test_a_single_image_is_answered_long_before_a_large_request(
 
     single, large = asyncio.run(race())
 
-    assert single < large / 2
+    assert single < 0.8 * large  # behind all of it, they would be the same

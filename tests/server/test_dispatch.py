@@ -451,7 +451,7 @@ def assert_right(image: Image) -> None:
 
 @pytest.mark.parametrize(("load", "seed"), [(0.5, 1), (2.5, 2), (5.0, 3)])
 def test_thousands_of_arrivals_failures_and_departures(load: float, seed: int) -> None:
-    world = simulate(seed, arrivals=1500, load=load, failures=True)
+    world = simulate(seed, arrivals=1200, load=load, failures=True)
 
     check(world)
     ends = [image.ends[0] for image in world.images.values()]
@@ -460,7 +460,7 @@ def test_thousands_of_arrivals_failures_and_departures(load: float, seed: int) -
 
 
 def test_nobody_starves_and_nobody_waits_much_longer_than_was_predicted() -> None:
-    world = simulate(4, arrivals=2500, load=2.0, failures=False)
+    world = simulate(4, arrivals=1800, load=2.0, failures=False)
 
     check(world)
     singles = [images[0] for images in world.requests if len(images) == 1]
