@@ -2,13 +2,14 @@
 #   make serve   set up what serving needs and serve bundles/cifar10 on PORT (default 8000)
 #   make test    set up what tests need and run all of them
 #   make check   lint, format and types
-#   make bench   the benchmarks
+#   make bench   this server beside others; ARGS="bundles/mine --images PHOTOS" for another bundle
 PORT ?= 8000
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 SERVE = .venv-serve
 DEV = .venv
+PEERS = .venv-peers
 
 .PHONY: serve install test check bench engines constraints clean
 
@@ -29,10 +30,10 @@ check: $(DEV)/installed
 	ln -sfn $(CURDIR)/export build/links/resnet_ensemble/export
 	ln -sfn $(CURDIR)/server build/links/resnet_ensemble/server
 	ln -sfn $(CURDIR)/clients/python build/links/resnet_ensemble/client
-	MYPYPATH=build/links $(DEV)/bin/mypy -p resnet_ensemble
+	MYPYPATH=build/links $(DEV)/bin/mypy -p resnet_ensemble -p benchmarks
 
-bench: $(DEV)/installed
-	$(DEV)/bin/python benchmarks/serving.py
+bench: $(DEV)/installed $(PEERS)/installed
+	$(DEV)/bin/python -m benchmarks.serving --peers $(PEERS)/bin/python $(ARGS)
 
 engines: $(DEV)/installed
 	$(DEV)/bin/python export/build_engines.py
@@ -51,5 +52,12 @@ $(DEV)/installed: pyproject.toml constraints.txt
 	$(DEV)/bin/python $(PIP) --editable '.[server,cpu,openvino,train,export,dev]'
 	touch $@
 
+# The servers that ours is measured beside, in an environment of their own.
+$(PEERS)/installed: benchmarks/peers/requirements.txt pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) --requirement benchmarks/peers/requirements.txt
+	$(PEERS)/bin/python $(PIP) --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf build $(SERVE) $(DEV) *.egg-info
+	rm -rf build $(SERVE) $(DEV) $(PEERS) *.egg-info

@@ -71,14 +71,14 @@ def ours(files: list[str], recipe_name: str, crop: int) -> Callable[[], int]:
 
 def step(depth: int, crop: int) -> Callable[[], int]:
     """One forward and backward pass."""
-    network = imagenet(depth).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = imagenet(depth).to(memory_format=torch.channels_last)
     images = torch.randn(16, 3, crop, crop).to(memory_format=torch.channels_last)
     labels = torch.randint(1000, (16,))
 
     def run() -> int:
         with torch.autocast("cpu", torch.bfloat16):
             loss = F.cross_entropy(network(images).float(), labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         network.zero_grad()
         return len(images)
 

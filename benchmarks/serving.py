@@ -1,179 +1,133 @@
-"""What serving costs beside the bare engines, in one run.
+"""What serving costs: this server beside its own pipeline without HTTP, and beside other servers, in one run.
 
-    make bench                       # or: python benchmarks/serving.py [BUNDLE]
+    make bench                                        # or: python -m benchmarks.serving [BUNDLE] [--images FOLDER]
+    python -m benchmarks.serving --quick              # does it work? The numbers mean nothing
 
-Images per second with every member and the bundle's own protocol, of
+JPEGs go in over HTTP, as files of a form. Measured are
 
-    bare      engines alone on ready-made views, one run a core
-    pipeline  encoded image to prediction in one process, no HTTP
-    http      the server in a process of its own, at 1, 8 and 32 concurrent requests, with latencies
+    bare engines   the engines on ready-made views, nothing else
+    pipeline       encoded picture to prediction in one process, without HTTP
+    this server    in a process of its own, with the same engines
+    naive server   FastAPI and ONNX Runtime as one writes it first (peers/naive_server.py); also with our engine
+    LitServe       with batches of 8, and without (peers/litserve_server.py)
 
-The rounds are interleaved and medians are printed, because machines drift; the ratio to `bare` is what to compare.
+with 1, 8 and 32 clients in closed loops, in interleaved rounds; then in open loops, where requests arrive at random at
+shares of the measured capacity; then at three times the capacity. The other servers compute the same in FP32, with the
+same graphs and views, which is checked before anything is measured.
+
+Writes serving-NAME.md, .json and .png into benchmarks/results/. What other processes took of the CPUs meanwhile is
+written down too; above 5 % the report says that it is none.
+
+How much exact stopping saves depends on how sure the networks are: give --images of the kind that you serve.
 """
 
 import argparse
-import asyncio
 import json
 import os
 import platform
-import socket
-import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
-import httpx2
-import numpy as np
-
-from resnet_ensemble.export import engine_store, host
+from benchmarks import acceptance, report
+from benchmarks.contestants import CENTER, EXACT, FULL
+from benchmarks.jobs import ROOT, machine_busy_seconds
+from benchmarks.measure import QUICK, Benchmark, Extent
+from benchmarks.report import Results
+from resnet_ensemble.export import host
 from resnet_ensemble.export.bundle import Bundle
-from resnet_ensemble.export.engines import Engine
-from resnet_ensemble.server.classifier import Classifier, load
-from resnet_ensemble.server.metrics import Metrics
-from resnet_ensemble.server.schemas import Options
-from resnet_ensemble.server.settings import SHIPPED_BUNDLE, Settings
-from resnet_ensemble.training.views import PROTOCOLS
+from resnet_ensemble.server.settings import SHIPPED_BUNDLE
+from resnet_ensemble.training.files import write_atomically
 
-CONCURRENCY = (1, 8, 32)
+_CIFAR10 = "cifar10"
+_PACKAGES = ("fastapi", "httptools", "litserve", "onnxruntime", "uvicorn", "uvloop")
 
 
-@dataclass
-class Cell:
-    """Rates of all rounds in images/s, and latencies of all requests in seconds."""
-
-    rates: list[float] = field(default_factory=list)
-    latencies: list[float] = field(default_factory=list)
-
-
-def described(engines: list[Engine]) -> str:
-    """Which engines ran: "onnxruntime 1.32.0 fp32"."""
-    return ", ".join(sorted({f"{e.info.backend} {e.info.version} {e.info.precision}" for e in engines}))
-
-
-def bare(engines: list[Engine], views: int, side: int, seconds: float) -> float:
-    """Images/s of the engines alone, one thread a core, each running whole images."""
-    batch = np.random.default_rng(0).integers(0, 256, (views, side, side, 3), np.uint8)
-    end = time.perf_counter() + seconds
-
-    def work(_: int) -> int:
-        done = 0
-        while time.perf_counter() < end:
-            for engine in engines:
-                engine.run(batch)
-            done += 1
-        return done
-
-    began = time.perf_counter()
-    with ThreadPoolExecutor(host.cores()) as pool:
-        done = sum(pool.map(work, range(host.cores())))
-    return done / (time.perf_counter() - began)
-
-
-async def pipeline(classifier: Classifier, content: bytes, in_flight: int, seconds: float) -> float:
-    """Images/s of decoding, views, scheduling and averaging in this process."""
-    end, done = time.perf_counter() + seconds, 0
-
-    async def work() -> None:
-        nonlocal done
-        while time.perf_counter() < end:
-            await classifier.classify([content], Options())
-            done += 1
-
-    began = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(in_flight)))
-    return done / (time.perf_counter() - began)
-
-
-async def http(url: str, content: bytes, concurrency: int, seconds: float) -> tuple[float, list[float]]:
-    """Images/s and latencies of so many clients, each sending its next request when the last is answered."""
-    latencies: list[float] = []
-    async with httpx2.AsyncClient(timeout=60) as client:
-        end = time.perf_counter() + seconds
-
-        async def work() -> None:
-            while (began := time.perf_counter()) < end:
-                response = await client.post(f"{url}/predict", content=content, headers={"Content-Type": "image/png"})
-                response.raise_for_status()
-                latencies.append(time.perf_counter() - began)
-
-        began = time.perf_counter()
-        await asyncio.gather(*(work() for _ in range(concurrency)))
-        return len(latencies) / (time.perf_counter() - began), latencies
+def measure(bundle: Path, images: Path | None, peers: str, extent: Extent) -> Results:
+    """Everything, in one run."""
+    opened = Bundle.open(bundle)
+    with ExitStack() as stack:
+        benchmark = Benchmark(stack, bundle, images, peers, extent)
+        ceiling = benchmark.ceiling()
+        began, busy, own = time.monotonic(), machine_busy_seconds(), benchmark.cpu_seconds()
+        benchmark.run_closed()
+        opens, sustained, overloaded = benchmark.run_open(), benchmark.run_sustained(), benchmark.run_overload()
+        others = machine_busy_seconds() - busy - (benchmark.cpu_seconds() - own)
+        seconds = time.monotonic() - began
+        sizes = sum(map(len, benchmark.pictures)) // len(benchmark.pictures)
+        about = {
+            "bundle": f"{opened.identity}, {', '.join(member.name for member in opened.manifest.members)}",
+            **{f"engines, {name}": engines for name, engines in benchmark.engines().items()},
+            "pictures": f"{len(benchmark.pictures)} {'drawn' if images is None else 'given'}, {sizes} bytes on average",
+            "machine": f"{host.cpu().split(' avx')[0]}, {host.cores()} cores, {platform.system()}",
+            "software": f"Python {platform.python_version()}; {_versions(sys.executable)}",
+            "other servers": _versions(peers),
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "n": f"{extent.rounds} interleaved rounds of {extent.seconds:g} s a cell, open loops {extent.open_rounds} "
+            f"times {extent.open_seconds:g} s a point",
+            "other processes": f"{100 * others / seconds / (os.cpu_count() or 1):.1f} % of the CPUs",
+        }
+        checks = [
+            *acceptance.of_servers(benchmark.closed, CENTER),
+            acceptance.of_stop_rules(
+                benchmark.closed,
+                FULL,
+                EXACT,
+                least=acceptance.EXACT_CIFAR10 if opened.manifest.name == _CIFAR10 else acceptance.EXACT,
+            ),
+            acceptance.of_fastest(benchmark.closed, FULL, [w.name for w in benchmark.workloads if w.name != CENTER]),
+            acceptance.of_sustained(sustained, benchmark.closed, CENTER),
+            *acceptance.of_overload(overloaded),
+        ]
+        return Results(
+            about=about,
+            others=max(0.0, others / seconds / (os.cpu_count() or 1)),
+            ceiling=ceiling,
+            closed=benchmark.closed,
+            open=opens,
+            sustained=sustained,
+            overload=overloaded,
+            acceptance=checks,
+            notes=benchmark.notes,
+        )
 
 
-def serve(bundle: Path) -> tuple["subprocess.Popen[bytes]", str]:
-    """A server process, ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "RESNET_PORT": str(port), "RESNET_BUNDLE": str(bundle)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "resnet_ensemble.server"], env=environment, stderr=subprocess.DEVNULL
+def _versions(python: str) -> str:
+    """Of the packages that servers consist of."""
+    code = (
+        "import importlib.metadata as m, json; d = {x.metadata['Name'].lower(): x.version for x in m.distributions()}; "
+        f"print(json.dumps({{n: d[n] for n in {_PACKAGES!r} if n in d}}))"
     )
-    url = f"http://127.0.0.1:{port}"
-    while process.poll() is None:
-        try:
-            if httpx2.get(f"{url}/readyz").status_code == httpx2.codes.OK:
-                return process, url
-        except httpx2.TransportError:
-            time.sleep(0.1)
-    sys.exit("the server did not start")
-
-
-def table(cells: dict[str, Cell]) -> str:
-    """Medians as a Markdown table."""
-    reference = statistics.median(cells["bare"].rates)
-    lines = ["| | images/s | of bare | p50 ms | p99 ms |", "|---|---|---|---|---|"]
-    for name, cell in cells.items():
-        rate = statistics.median(cell.rates)
-        times = np.percentile(cell.latencies, (50, 99)) * 1000 if cell.latencies else None
-        shown = [f"{value:.1f}" for value in times] if times is not None else ["", ""]
-        lines.append(f"| {name} | {rate:.1f} | {rate / reference:.2f} | {shown[0]} | {shown[1]} |")
-    return "\n".join(lines)
+    printed = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout  # noqa: S603
+    return ", ".join(f"{name} {version}" for name, version in json.loads(printed).items())
 
 
 def main() -> None:
-    """Parse the command line and measure."""
+    """Parse the command line, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, nargs="?", default=SHIPPED_BUNDLE)
+    parser.add_argument("--images", type=Path, help="a folder of pictures to send (default: drawn JPEGs, 500 x 375)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each cell in each round (default: 3)")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    arguments = parser.parse_args()
-    bundle = Bundle.open(arguments.bundle)
-    manifest = bundle.manifest
-    engines = [engine_store.open_engine(bundle, member) for member in manifest.members]
-    views, side = len(PROTOCOLS[manifest.protocol]), manifest.members[0].preprocessing.crop
-    content = bundle.read(manifest.golden[0])
-    classifier = load(Settings(bundle=arguments.bundle), Metrics())
-    process, url = serve(arguments.bundle)
-    cells = {name: Cell() for name in ("bare", "pipeline", *(f"http x{n}" for n in CONCURRENCY))}
-    try:
-        for _ in range(arguments.rounds):
-            cells["bare"].rates.append(bare(engines, views, side, arguments.seconds))
-            cells["pipeline"].rates.append(asyncio.run(pipeline(classifier, content, 8, arguments.seconds)))
-            for n in CONCURRENCY:
-                rate, latencies = asyncio.run(http(url, content, n, arguments.seconds))
-                cells[f"http x{n}"].rates.append(rate)
-                cells[f"http x{n}"].latencies += latencies
-    finally:
-        process.terminate()
-        process.wait()
-        classifier.close()
-    about = (
-        f"{bundle.identity}, {len(engines)} members, {manifest.protocol}, {views * len(engines)} views an image, "
-        f"{manifest.golden[0].file}; {host.cpu().split(' avx')[0]}, {host.cores()} cores, {platform.system()}, "
-        f"Python {platform.python_version()}, {described(engines)}, {datetime.now(UTC):%Y-%m-%d}, "
-        f"median of {arguments.rounds} interleaved rounds of {arguments.seconds:g} s"
+    parser.add_argument("--limit", type=float, default=1.0, help="seconds of wait allowed under overload (default: 1)")
+    parser.add_argument(
+        "--peers", default=sys.executable, metavar="PYTHON", help="has the other servers' packages (default: this one)"
     )
-    print(f"{table(cells)}\n\n{about}")
-    if arguments.json:
-        rows = {name: {"images_per_second": cell.rates} for name, cell in cells.items()}
-        arguments.json.write_text(json.dumps({"about": about, "cells": rows}, indent=1) + "\n")
+    parser.add_argument("--quick", action="store_true", help="a few seconds, without LitServe, results into build/")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    arguments = parser.parse_args()
+    extent = QUICK if arguments.quick else Extent(arguments.rounds, arguments.seconds, limit=arguments.limit)
+    out = arguments.out or (ROOT / "build" / "benchmark" if arguments.quick else ROOT / "benchmarks" / "results")
+    results = measure(arguments.bundle, arguments.images, arguments.peers, extent)
+    name = Bundle.open(arguments.bundle).manifest.name
+    text = report.markdown(results, f"Serving {name}")
+    write_atomically(out / f"serving-{name}.md", text.encode())
+    write_atomically(out / f"serving-{name}.json", report.as_json(results).encode())
+    write_atomically(out / f"serving-{name}.png", report.draw(results, CENTER))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,351 @@
+"""The measurements: all processes are started, then one after the other has its turn."""
+
+import itertools
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from benchmarks import contestants, pictures
+from benchmarks.contestants import (
+    BUILT,
+    CENTER,
+    FULL,
+    HOST,
+    LITSERVE,
+    LITSERVE_SINGLE,
+    NAIVE,
+    NAIVE_SAME,
+    ONE,
+    QUICK_WORKLOADS,
+    WORKLOADS,
+    Server,
+    Workload,
+)
+from benchmarks.jobs import Processes, Worker
+from benchmarks.summary import (
+    BARE,
+    OURS,
+    PIPELINE,
+    Cell,
+    OpenLoop,
+    Overload,
+    Round,
+    closed_round,
+    median,
+    open_loop,
+    overload,
+    percentile,
+)
+
+_PICTURES = 16  # drawn ones
+_COMPARED = 4  # pictures that all servers must answer alike
+_TOLERANCE = 1e-3  # between the probabilities that servers answer
+_WARM_UP = 0.1  # of the time that is measured
+_CALM = 3  # times the median of a lone request: a server that answers so quickly is not busy any more
+_PATIENCE = 10.0  # seconds, in open loops
+_SUSTAINED = 0.8  # of the capacity
+_SAMPLE_SECONDS = 0.2
+
+_P = TypeVar("_P", bound=Processes)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured. Times in s, shares of the capacity."""
+
+    rounds: int
+    seconds: float
+    clients: tuple[int, ...] = (1, 8, 32)
+    shares: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2)
+    open_rounds: int = 3
+    open_seconds: float = 5.0
+    sustained_seconds: float = 60.0
+    overload_share: float = 3.0
+    overload_seconds: float = 15.0
+    limit: float = 1.0  # of the wait, under overload
+    workloads: tuple[str, ...] = tuple(workload.name for workload in WORKLOADS)
+    peers: tuple[str, ...] = (NAIVE, NAIVE_SAME, LITSERVE, LITSERVE_SINGLE)
+    peers_of_ensemble: tuple[str, ...] = (NAIVE, LITSERVE)
+
+
+# Whether everything works, in as little time as possible.
+QUICK = Extent(
+    rounds=1,
+    seconds=0.1,
+    clients=(1, 8),
+    shares=(0.5, 1.2),
+    open_rounds=1,
+    open_seconds=0.2,
+    sustained_seconds=0.2,
+    overload_seconds=0.5,
+    limit=0.2,
+    workloads=QUICK_WORKLOADS,
+    peers=(NAIVE,),
+    peers_of_ensemble=(),
+)
+
+
+class Benchmark:
+    """Every process that takes part, ready.
+
+    - images: a folder of pictures to send; drawn ones without it
+    - peers: a Python that has what the other servers need
+    - notes: what was left out, and why
+    """
+
+    def __init__(self, stack: ExitStack, bundle: Path, images: Path | None, peers: str, extent: Extent) -> None:
+        self._stack = stack
+        self._extent = extent
+        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.pictures = pictures.draw(_PICTURES) if images is None else pictures.read(images)
+        sent = self._folder / "pictures"
+        sent.mkdir()
+        for i, content in enumerate(self.pictures):
+            (sent / f"{i:03}").write_bytes(content)
+        self.notes: list[str] = []
+        self.closed: dict[Cell, list[Round]] = {}
+        self._everyone: list[Processes] = []
+        self._bundles = contestants.bundles(bundle, self._folder)
+        if BUILT not in self._bundles:
+            self.notes.append(f"{BUILT}: there are none; python export/build_engines.py {bundle} makes them")
+        self.workloads = [w for w in WORKLOADS if w.name in extent.workloads and w.bundle in self._bundles]
+        self._load = self._start(Worker("load", self._folder / "load.log", str(sent)))
+        served = dict.fromkeys(workload.bundle for workload in self.workloads)
+        self._inprocess = {name: self._start(self._worker(name, sent)) for name in served}
+        self._ours = {name: self._serve(contestants.ours(self._bundles[name], self._folder)) for name in served}
+        self._limited = self._serve(contestants.ours(self._bundles[ONE], self._folder, limit=extent.limit))
+        self._leave_out_what_is_not_offered()
+        self._peers = [
+            (self._serve(contestants.peer(name, peers, self._bundles[w.bundle], w.protocol, self._folder)), w)
+            for w, name in self._wanted_peers(peers)
+        ]
+        self._check_answers()
+
+    def ceiling(self) -> dict[int, float]:
+        """Requests/s of the load generator against an endpoint that does nothing, by clients."""
+        port = contestants.free_port()
+        command = [sys.executable, "-m", "benchmarks.peers.nothing", str(port)]
+        server = self._serve(Server("nothing", command, self._folder, port))
+        return {n: self._closed_http(server, "/", n).rate for n in self._extent.clients}
+
+    def run_closed(self) -> None:
+        """Every cell in every round, each time in another order, since neighbours may influence each other."""
+        cells = self._cells()
+        self.closed = {cell: [] for cell in cells}
+        for number in tqdm(range(self._extent.rounds), "closed loops", disable=None):
+            for cell in random.Random(number).sample(list(cells), len(cells)):  # noqa: S311  # nothing secret
+                self.closed[cell].append(cells[cell]())
+
+    def run_open(self) -> list[OpenLoop]:
+        """Every server of the center view at every share of our capacity."""
+        extent = self._extent
+        servers = [self._ours[ONE], *(server for server, workload in self._peers if workload.name == CENTER)]
+        parts: dict[tuple[int, float], list[dict[str, Any]]] = {
+            point: [] for point in itertools.product(range(len(servers)), extent.shares)
+        }
+        for number in tqdm(range(extent.open_rounds), "open loops", disable=None):
+            for i, share in random.Random(number).sample(list(parts), len(parts)):  # noqa: S311
+                parts[i, share].append(self._open_http(servers[i], share, extent.open_seconds, seed=number))
+        return [open_loop(servers[i].name, share, share * self._capacity, found) for (i, share), found in parts.items()]
+
+    def run_sustained(self) -> OpenLoop:
+        """Four fifths of our capacity, for long."""
+        seconds = self._extent.sustained_seconds
+        part = self._open_http(self._ours[ONE], _SUSTAINED, seconds, seed=0)
+        return open_loop(f"{OURS}, {seconds:g} s", _SUSTAINED, _SUSTAINED * self._capacity, [part])
+
+    def run_overload(self) -> Overload:
+        """Several times our capacity, against a server with a limit of the wait."""
+        extent = self._extent
+        share, rate = extent.overload_share, extent.overload_share * self._capacity
+        with _awake(self._limited):
+            self._ask(self._limited, self._path(CENTER), concurrency=max(extent.clients), seconds=extent.seconds)
+            with _sampled(self._limited.resident_bytes) as resident:
+                answer = self._ask(
+                    self._limited,
+                    self._path(CENTER),
+                    rate=rate,
+                    seconds=extent.overload_seconds,
+                    patience=_PATIENCE + extent.limit,
+                    recovered_below=_CALM * self._alone,
+                )
+        return overload(answer, share=share, rate=rate, limit=extent.limit, resident=resident)
+
+    def engines(self) -> dict[str, str]:
+        """What runs each bundle: "resnet20 on onnxruntime 1.32.0 fp32"."""
+        described = {}
+        for name, server in self._ours.items():
+            with _awake(server):
+                members = server.info()["members"]
+            described[name] = ", ".join(
+                "{} on {backend} {version} {precision}".format(member["name"], **member["engine"]) for member in members
+            )
+        return described
+
+    def cpu_seconds(self) -> float:
+        """Of all processes that take part, this one too."""
+        return time.process_time() + sum(processes.cpu_seconds() for processes in self._everyone)
+
+    @property
+    def _capacity(self) -> float:
+        return median(self.closed[Cell(CENTER, OURS, max(self._extent.clients))]).rate
+
+    @property
+    def _alone(self) -> float:
+        return median(self.closed[Cell(CENTER, OURS, 1)]).p50
+
+    def _path(self, workload: str) -> str:
+        return next(w.path for w in self.workloads if w.name == workload)
+
+    def _worker(self, bundle: str, sent: Path) -> Worker:
+        log = self._folder / f"inprocess-{bundle.replace(' ', '-')}.log"
+        return Worker("inprocess", log, str(self._bundles[bundle]), str(sent))
+
+    def _start(self, processes: _P) -> _P:
+        self._stack.enter_context(processes)
+        self._everyone.append(processes)
+        return processes
+
+    def _serve(self, server: Server) -> Server:
+        """Start it, wait, and pause it."""
+        self._start(server)
+        server.wait_until_ready(self.pictures[0], "/predict")
+        server.pause()
+        return server
+
+    def _wanted_peers(self, python: str) -> list[tuple[Workload, str]]:
+        wanted = [(w, n) for w in self.workloads if w.name == CENTER for n in self._extent.peers]
+        wanted += [(w, n) for w in self.workloads if w.name == FULL for n in self._extent.peers_of_ensemble]
+        if not any(name in (LITSERVE, LITSERVE_SINGLE) for _, name in wanted):
+            return wanted
+        command = [python, "-c", "import litserve"]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:  # noqa: S603
+            return wanted
+        self.notes.append(f"{LITSERVE}: it is not installed in {Path(python).name}; `make bench` installs it")
+        return [(w, name) for w, name in wanted if name not in (LITSERVE, LITSERVE_SINGLE)]
+
+    def _leave_out_what_is_not_offered(self) -> None:
+        for workload in list(self.workloads):
+            server = self._ours[workload.bundle]
+            with _awake(server):
+                if workload.stop in server.info()["stop_rules"]:
+                    status, answer = server.predict(self.pictures[0], workload.path)
+                    reason = "" if status == 200 else f"{status} {answer.get('detail', '')}"
+                else:
+                    reason = f"the server has no stop rule `{workload.stop}`"
+            if reason:
+                self.workloads.remove(workload)
+                self.notes.append(f"{workload.name}: {reason}")
+
+    def _check_answers(self) -> None:
+        """Raise SystemExit unless all servers answer the same."""
+        for server, workload in self._peers:
+            reference = self._ours[workload.bundle]
+            with _awake(server), _awake(reference):
+                for picture in self.pictures[:_COMPARED]:
+                    theirs, right = (one.predict(picture, workload.path)[1] for one in (server, reference))
+                    difference = abs(theirs["probability"] - right["probability"])
+                    if theirs["label"] != right["label"] or difference > _TOLERANCE:
+                        raise SystemExit(f"{server.name} answers {theirs}, and {OURS} {right['top'][0]}")
+
+    def _cells(self) -> dict[Cell, Callable[[], Round]]:
+        """Every cell, and how it is measured."""
+        cells: dict[Cell, Callable[[], Round]] = {}
+        for workload in self.workloads:
+            if workload.stop == "full":
+                cells[Cell(workload.name, BARE, 0)] = self._inprocess_round(workload, "bare", 0)
+            for n in self._extent.clients:
+                if workload.name == CENTER or n == max(self._extent.clients):
+                    cells[Cell(workload.name, PIPELINE, n)] = self._inprocess_round(workload, "pipeline", n)
+                ours = self._ours[workload.bundle]
+                for server in (ours, *(server for server, its in self._peers if its is workload)):
+                    cells[Cell(workload.name, server.name, n)] = self._http_round(server, workload.path, n)
+        return cells
+
+    def _http_round(self, server: Server, path: str, clients: int) -> Callable[[], Round]:
+        return lambda: self._closed_http(server, path, clients)
+
+    def _inprocess_round(self, workload: Workload, system: str, clients: int) -> Callable[[], Round]:
+        seconds = self._extent.seconds
+        worker = self._inprocess[workload.bundle]
+
+        def measure() -> Round:
+            job = {"system": system, "query": workload.query, "concurrency": clients}
+            if clients:
+                worker.do(**job, seconds=_WARM_UP * seconds)
+            before = worker.cpu_seconds()
+            answer = worker.do(**job, seconds=seconds)
+            latencies = answer["latencies"]
+            return Round(
+                rate=answer["images"] / answer["seconds"],
+                p50=percentile(latencies, 0.50),
+                p95=percentile(latencies, 0.95),
+                p99=percentile(latencies, 0.99),
+                server_cpu=(worker.cpu_seconds() - before) / answer["images"],
+                resident=worker.resident_bytes(),
+                requests=answer["images"],
+            )
+
+        return measure
+
+    def _closed_http(self, server: Server, path: str, clients: int) -> Round:
+        seconds = self._extent.seconds
+        with _awake(server):
+            self._ask(server, path, concurrency=clients, seconds=_WARM_UP * seconds)
+            before = server.cpu_seconds()
+            answer = self._ask(server, path, concurrency=clients, seconds=seconds)
+            return closed_round(answer, server.cpu_seconds() - before, server.resident_bytes())
+
+    def _open_http(self, server: Server, share: float, seconds: float, seed: int) -> dict[str, Any]:
+        with _awake(server):
+            alone = self.closed.get(Cell(CENTER, server.name, 1))
+            return self._ask(
+                server,
+                self._path(CENTER),
+                rate=share * self._capacity,
+                seconds=seconds,
+                seed=seed,
+                patience=_PATIENCE,
+                settled_below=_CALM * (median(alone).p50 if alone else self._alone),
+            )
+
+    def _ask(self, server: Server, path: str, **job: Any) -> dict[str, Any]:
+        return self._load.do(host=HOST, port=server.port, path=path, **job)
+
+
+@contextmanager
+def _awake(server: Server) -> Iterator[None]:
+    server.go_on()
+    try:
+        yield
+    finally:
+        server.pause()
+
+
+@contextmanager
+def _sampled(read: Callable[[], float]) -> Iterator[list[float]]:
+    """What `read` says now, and then again and again until the end."""
+    samples = [read()]
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(_SAMPLE_SECONDS):
+            samples.append(read())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        thread.join()
