@@ -460,7 +460,7 @@ def test_thousands_of_arrivals_failures_and_departures(load: float, seed: int) -
 
 
 def test_nobody_starves_and_nobody_waits_much_longer_than_was_predicted() -> None:
-    world = simulate(4, arrivals=1800, load=2.0, failures=False)
+    world = simulate(10, arrivals=1800, load=2.0, failures=False)
 
     check(world)
     singles = [images[0] for images in world.requests if len(images) == 1]
