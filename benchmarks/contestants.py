@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 from benchmarks.jobs import Processes
 from benchmarks.load import BOUNDARY, form
 from benchmarks.summary import OURS
-from resnet_ensemble.export import host
+from resnet_ensemble.export import host, sealed
 from resnet_ensemble.export.bundle import MANIFEST, Bundle
 from resnet_ensemble.export.engine_store import EngineStore
 
@@ -169,9 +169,9 @@ def free_port() -> int:
 
 
 def _keep_first_member(file: Path) -> None:
-    manifest = json.loads(file.read_text())
+    manifest = sealed.loads(file.read_bytes())
     first = manifest["members"][0]
     for golden in manifest["golden"]:
         golden["probabilities"] = {first["name"]: golden["probabilities"][first["name"]]}
     manifest.update(members=[first], measured=[])
-    file.write_text(json.dumps(manifest))
+    file.write_bytes(sealed.dumps(manifest))
