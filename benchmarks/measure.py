@@ -47,7 +47,7 @@ from benchmarks.summary import (
     percentile,
 )
 
-_PICTURES = 16  # drawn ones
+_PICTURES = 8  # drawn ones
 _COMPARED = 4  # pictures that all servers must answer alike
 _TOLERANCE = 1e-3  # between the probabilities that servers answer
 _WARM_UP = 0.1  # of the time that is measured
@@ -282,7 +282,7 @@ class Benchmark:
         def measure() -> Round:
             job = {"system": system, "query": workload.query, "concurrency": clients}
             if clients:
-                worker.do(**job, seconds=_WARM_UP * seconds)
+                worker.do(**{**job, "concurrency": 1}, seconds=_WARM_UP * seconds)
             before = worker.cpu_seconds()
             answer = worker.do(**job, seconds=seconds)
             latencies = answer["latencies"]
@@ -301,7 +301,7 @@ class Benchmark:
     def _closed_http(self, server: Server, path: str, clients: int) -> Round:
         seconds = self._extent.seconds
         with _awake(server):
-            self._ask(server, path, concurrency=clients, seconds=_WARM_UP * seconds)
+            self._ask(server, path, concurrency=1, seconds=_WARM_UP * seconds)
             before = server.cpu_seconds()
             answer = self._ask(server, path, concurrency=clients, seconds=seconds)
             return closed_round(answer, server.cpu_seconds() - before, server.resident_bytes())

@@ -49,7 +49,7 @@ class Results:
     notes: Sequence[str]
 
 
-def markdown(results: Results, title: str) -> str:
+def markdown(results: Results, title: str, center: str) -> str:
     """The whole report."""
     parts = [f"# {title}"]
     if results.others > CONTENDED:
@@ -63,6 +63,8 @@ def markdown(results: Results, title: str) -> str:
             ("", "measured", "holds"),
             [(check.claim, check.measured, _holds(check.holds)) for check in results.acceptance],
         ),
+        "## In short",
+        short_table(results.closed, center),
         "## Closed loop",
         _CLOSED_LOOP,
         closed_table(results.closed),
@@ -78,6 +80,19 @@ def markdown(results: Results, title: str) -> str:
     if results.notes:
         parts += ["## Left out", "\n".join(f"- {note}" for note in results.notes)]
     return "\n\n".join(parts) + "\n"
+
+
+def short_table(closed: Closed, center: str) -> str:
+    """One row a system under the workload that all of them can do: images/s and p99 by clients."""
+    cells = [cell for cell in closed if cell.workload == center and cell.clients]
+    clients = sorted({cell.clients for cell in cells})
+    rows = []
+    for system in dict.fromkeys(cell.system for cell in cells):
+        found = [median(closed[Cell(center, system, n)]) for n in clients]
+        rates, tails = [number(one.rate, 0) for one in found], [number(1000 * one.p99, 1) for one in found]
+        rows.append((system, *rates, *tails, number(found[-1].resident / _MIB, 0)))
+    heads = [f"{what} x{n}" for what in ("images/s", "p99 ms") for n in clients]
+    return table((center, *heads, "RSS MiB"), rows)
 
 
 def closed_table(closed: Closed) -> str:

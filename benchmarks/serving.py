@@ -15,8 +15,8 @@ with 1, 8 and 32 clients in closed loops, in interleaved rounds; then in open lo
 shares of the measured capacity; then at three times the capacity. The other servers compute the same in FP32, with the
 same graphs and views, which is checked before anything is measured.
 
-Writes serving-NAME.md, .json and .png into benchmarks/results/. What other processes took of the CPUs meanwhile is
-written down too; above 5 % the report says that it is none.
+Writes serving-NAME.md, .json and .png into benchmarks/results/, unless other processes took more than 5 % of the CPUs
+meanwhile: then the report says that it is none, and lies in build/benchmark/.
 
 How much exact stopping saves depends on how sure the networks are: give --images of the kind that you serve.
 """
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -95,6 +96,13 @@ def measure(bundle: Path, images: Path | None, peers: str, extent: Extent) -> Re
         )
 
 
+def destination(given: Path | None, *, quick: bool, others: float) -> Path:
+    """The folder to write into: only what was measured undisturbed, and in full, lies with the results."""
+    if given is not None:
+        return given
+    return ROOT / "build" / "benchmark" if quick or others > report.CONTENDED else ROOT / "benchmarks" / "results"
+
+
 def _versions(python: str) -> str:
     """Of the packages that servers consist of."""
     code = (
@@ -116,18 +124,26 @@ def main() -> None:
     parser.add_argument(
         "--peers", default=sys.executable, metavar="PYTHON", help="has the other servers' packages (default: this one)"
     )
-    parser.add_argument("--quick", action="store_true", help="a few seconds, without LitServe, results into build/")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument(
+        "--peers-only-center",
+        action="store_true",
+        help="the other servers serve one member only: 32 requests of ten crops need much memory without a scheduler",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few seconds, without LitServe, into build/benchmark")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
     arguments = parser.parse_args()
     extent = QUICK if arguments.quick else Extent(arguments.rounds, arguments.seconds, limit=arguments.limit)
-    out = arguments.out or (ROOT / "build" / "benchmark" if arguments.quick else ROOT / "benchmarks" / "results")
+    if arguments.peers_only_center:
+        extent = replace(extent, peers_of_ensemble=())
     results = measure(arguments.bundle, arguments.images, arguments.peers, extent)
+    out = destination(arguments.out, quick=arguments.quick, others=results.others)
     name = Bundle.open(arguments.bundle).manifest.name
-    text = report.markdown(results, f"Serving {name}")
+    text = report.markdown(results, f"Serving {name}", CENTER)
     write_atomically(out / f"serving-{name}.md", text.encode())
     write_atomically(out / f"serving-{name}.json", report.as_json(results).encode())
     write_atomically(out / f"serving-{name}.png", report.draw(results, CENTER))
     print(text)
+    print(f"written to {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -75,10 +75,10 @@ def test_every_make_target_that_is_named_exists(readme: str, root: Path) -> None
 def test_every_script_that_is_named_explains_itself(readme: str, root: Path) -> None:
     readme += (root / "training" / "README.md").read_text()
     scripts = set(re.findall(r"python ((?:training|export|benchmarks)/\w+\.py)", readme))
-    modules = set(re.findall(r"python -m (resnet_ensemble[\w.]+)", readme))
+    modules = set(re.findall(r"python -m ((?:resnet_ensemble|benchmarks)[\w.]+)", readme))
 
     assert {"export/build_engines.py", "training/evaluate.py", "benchmarks/loading.py"} <= scripts
-    assert "resnet_ensemble.server" in modules
+    assert {"resnet_ensemble.server", "benchmarks.serving"} <= modules
     for command in [[script] for script in scripts] + [["-m", module] for module in modules]:
         assert "usage:" in run([sys.executable, *command, "--help"], root)
 

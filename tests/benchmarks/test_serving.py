@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import contestants, pictures
+from benchmarks import contestants, pictures, serving
 from benchmarks.contestants import BUILT, FP32, ONE
 from resnet_ensemble.export import engine_store
 from resnet_ensemble.export.bundle import Bundle
@@ -54,6 +54,20 @@ def test_engines_that_were_built_are_measured_too(
     assert contestants.bundles(shipped.path, tmp_path)[BUILT] == shipped.path
 
 
+@pytest.mark.parametrize(
+    ("others", "quick", "folder"),
+    [(0.01, False, "benchmarks/results"), (0.06, False, "build/benchmark"), (0.01, True, "build/benchmark")],
+)
+def test_only_what_was_measured_alone_lies_with_the_results(
+    root: Path, others: float, quick: bool, folder: str
+) -> None:
+    assert serving.destination(None, quick=quick, others=others) == root / folder
+
+
+def test_a_folder_that_is_given_is_used(tmp_path: Path) -> None:
+    assert serving.destination(tmp_path, quick=True, others=1.0) == tmp_path
+
+
 def test_the_quick_mode_measures_everything_once(root: Path, tmp_path: Path) -> None:
     """LitServe is left out. What the numbers are is not looked at: other tests run on this machine."""
     command = [sys.executable, "-m", "benchmarks.serving", "--quick", "--out", str(tmp_path)]
@@ -71,7 +85,7 @@ def test_the_quick_mode_measures_everything_once(root: Path, tmp_path: Path) -> 
         assert only["rate"] > 0
         assert only["errors"] == 0
     assert {one["system"] for one in content["open"]} == {"this server", "naive server"}
-    assert content["sustained"]["requests"] > 0
+    assert content["sustained"]["share"] == 0.8
     assert content["overload"]["accepted"] > 0
     assert content["ceiling"].keys() == {"1", "8"}
     assert (tmp_path / "serving-cifar10.png").read_bytes().startswith(b"\x89PNG")

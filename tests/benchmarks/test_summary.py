@@ -174,9 +174,11 @@ def results() -> Results:
 
 
 def test_the_report_shows_every_cell_with_its_ratios(results: Results) -> None:
-    text = report.markdown(results, "A title")
+    text = report.markdown(results, "A title", CENTER)
 
     assert "| center | this server | 8 | 93.0 | 0.93 | 0.47 | 50.0 | 80.0 | 100.0 |" in text
+    assert "| center | images/s x8 | p99 ms x8 | RSS MiB |" in text
+    assert "| this server | 93 | 100.0 |" in text
     assert "| a claim | 0.93 | yes |\n| another | 0.1 | **no** |\n| a third | not measured |  |" in text
     assert "nan" not in text
     assert "LitServe: not installed" in text
@@ -186,7 +188,7 @@ def test_the_report_shows_every_cell_with_its_ratios(results: Results) -> None:
 def test_a_measurement_under_contention_says_that_it_is_none(results: Results) -> None:
     contended = Results(**{**vars(results), "others": 0.2})
 
-    assert "**Not a result: other processes took 20 % of the CPUs" in report.markdown(contended, "A title")
+    assert "**Not a result: other processes took 20 % of the CPUs" in report.markdown(contended, "A title", CENTER)
 
 
 def test_the_json_has_every_round_and_no_nan(results: Results) -> None:
