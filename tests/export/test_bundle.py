@@ -22,12 +22,16 @@ def edit(bundle: Path, **changes: Any) -> None:
 def test_the_shipped_bundle_is_whole(shipped: Bundle) -> None:
     for member in shipped.manifest.members:
         assert shipped.read(member)
+        assert member.calibration
+        assert shipped.read(member.calibration)
     for golden in shipped.manifest.golden:
         assert shipped.read(golden)
 
 
 def test_the_shipped_bundle_holds_nothing_that_the_manifest_does_not_name(shipped: Bundle) -> None:
-    named = {part.file for part in (*shipped.manifest.members, *shipped.manifest.golden)} | {"bundle.json"}
+    manifest = shipped.manifest
+    calibrations = [member.calibration for member in manifest.members if member.calibration]
+    named = {part.file for part in (*manifest.members, *calibrations, *manifest.golden)} | {"bundle.json"}
     found = {str(path.relative_to(shipped.path)) for path in shipped.path.rglob("*") if path.is_file()}
 
     assert found == named

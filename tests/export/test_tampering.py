@@ -21,13 +21,13 @@ from resnet_ensemble.export import build_engines, engines, golden, host, to_onnx
 from resnet_ensemble.export.bundle import Bundle, BundleError, BundleInvalid
 from resnet_ensemble.export.engine_store import EngineStore, Record
 from resnet_ensemble.export.engines import Engine
-from resnet_ensemble.server.classifier import open_engines
-from resnet_ensemble.server.settings import Settings
+from resnet_ensemble.server.classifier import open_engine
+from resnet_ensemble.server.settings import SHIPPED_BUNDLE, Settings
 from resnet_ensemble.training.model import cifar
 from tests.server.test_process import process
 
 ONE = ("--only", "resnet20")
-ALL = 2 * len(engines.BACKENDS)  # engines in FP32, of two members
+ALL = len(Bundle.open(SHIPPED_BUNDLE).manifest.members) * len(engines.BACKENDS)  # engines in FP32
 
 
 def run(bundle: Path, *arguments: str) -> str:
@@ -78,7 +78,8 @@ def disk_full_beyond(size: int) -> Iterator[None]:
 
 def served(bundle: Path) -> list[Engine]:
     """The engines that a server would use. Raises BundleError."""
-    return open_engines(Bundle.open(bundle), Settings(bundle=bundle))
+    opened, settings = Bundle.open(bundle), Settings(bundle=bundle)
+    return [open_engine(opened, member, settings) for member in opened.manifest.members]
 
 
 def assert_right(opened: list[Engine], shipped: Bundle) -> None:
