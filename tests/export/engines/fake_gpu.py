@@ -43,6 +43,7 @@ class Stream:
         self.number = number
         self.waiting: list[Callable[[], None]] = []
         self.capturing: list[Callable[[], None]] | None = None
+        self.contexts: list[Context] = []  # that were captured
 
     def __int__(self) -> int:
         return self.number
@@ -154,8 +155,12 @@ class Cudart:
         work, stream.capturing = self._live(stream).capturing, None
         assert work is not None
 
+        contexts, stream.contexts = stream.contexts, []
+
         def made() -> int:
             number = next(self._numbers)
+            for context in contexts:
+                context.captured = True
             self._captured[number] = work
             self.graphs.add(number)
             return number
@@ -409,7 +414,7 @@ class Context:
                 if "capture" in self.module.refused:
                     return False
                 forbid(self.shape not in self.enqueued, "a capture before a first run at this shape")
-                self.captured = True
+                live.contexts.append(self)
             self.cudart.queue(live, self._work(self.shape, dict(self.addresses), self.scratch))
             return True
         finally:
