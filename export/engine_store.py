@@ -1,7 +1,7 @@
 """The engines built for a bundle on this host, in BUNDLE.engines/ beside it: derived, never in git.
 
-An engine is used only if its fingerprint (graph, calibration, backend, version, CPU, golden values) is what it would be
-if it were built now and its file has the recorded hash. Anything else is built again.
+An engine is used only if its fingerprint (graph, calibration, backend, version, device, golden values) is what it would
+be if it were built now and its file has the recorded hash. Anything else is built again.
 """
 
 import fcntl
@@ -121,14 +121,15 @@ class EngineStore:
 def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precision, calibration: str) -> str:
     """A hash of everything that an engine depends on. Raises BackendUnavailable."""
     manifest = bundle.manifest
+    implementation = engines.backend(backend)
     parts = {
         "graph": member.sha256,
         "preprocessing": asdict(member.preprocessing),
         "golden": [[golden.sha256, golden.probabilities[member.name]] for golden in manifest.golden],
         "tolerance": [manifest.golden_protocol, manifest.golden_tolerance],
-        "backend": [backend, engines.backend(backend).version(), precision],
+        "backend": [backend, implementation.version(), precision],
         "calibration": calibration,
-        "cpu": host.cpu(),
+        "device": implementation.identity(member.preprocessing),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -136,7 +137,7 @@ def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precisi
 def open_engine(bundle: Bundle, member: Member, backend: str | None = None) -> Engine:
     """The fastest engine that was built and passed, otherwise FP32 compiled now; checked against the golden pictures.
 
-    Raises BundleError, BackendUnavailable.
+    Raises BundleError, BackendUnavailable, EngineBuildError.
     """
     graph = bundle.read(member)
     store = EngineStore(bundle)
@@ -144,7 +145,7 @@ def open_engine(bundle: Bundle, member: Member, backend: str | None = None) -> E
     if record is None:
         name = backend or engines.DEFAULT
         implementation = engines.backend(name)
-        engine = implementation.load(implementation.compile(graph, "fp32"), "fp32")
+        engine = implementation.load(implementation.compile(graph, "fp32", member.preprocessing), "fp32")
     else:
         engine = engines.backend(record.backend).load(store.read(record), record.precision)
     allowed = tolerance(bundle, "fp32" if record is None else record.precision)

@@ -12,7 +12,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from resnet_ensemble.export import host
 from resnet_ensemble.export.engines import Engine, EngineInfo, Form, Precision
+from resnet_ensemble.training.views import Preprocessing
 
 _QUIET = 3  # errors only: level 2 warns that a stored graph suits only this kind of CPU, which its fingerprint knows
 
@@ -50,7 +52,12 @@ def int8_form() -> Form:
     return "integer"
 
 
-def compile(graph: bytes, precision: Precision) -> bytes:  # noqa: A001, ARG001  # an INT8 graph says itself that it is
+def identity(seen: Preprocessing) -> str:  # noqa: ARG001  # it takes views of any size
+    """The CPU: stored graphs have its layouts."""
+    return host.cpu()
+
+
+def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  # noqa: A001, ARG001  # any size, any type
     """Fuse operators and lay weights out for this CPU, once, so that servers start sooner."""
     with tempfile.TemporaryDirectory() as folder:
         options = _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from resnet_ensemble.export.engines import EngineInfo, EngineLoadError, Precision
+from resnet_ensemble.export.engines import EngineInfo, EngineLoadError, EngineRunError, Precision
 from resnet_ensemble.export.engines.gpu import check, probe
 from resnet_ensemble.export.engines.tensorrt_builder import INPUT, make_logger
 from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS, Profile, Size
@@ -36,7 +36,7 @@ _DEVICE_TO_HOST = "cudaMemcpyDeviceToHost"
 _HOST_TO_DEVICE = "cudaMemcpyHostToDevice"
 
 
-class TensorRtError(RuntimeError):
+class TensorRtError(EngineRunError):
     """TensorRT refused a call while an engine ran or was made ready."""
 
 
