@@ -7,10 +7,11 @@
     python export/build_engines.py --triton models
     python export/build_engines.py --dry-run
 
-Hashes are verified first. An FP32 engine must give the bundle's golden probabilities. BF16 and INT8 must pass the gate:
-agreement with FP32 on the pictures of --calibration or, without it, on the bundle's golden ones; with one folder of
-pictures a label, the error too. INT8 is calibrated on the same pictures, or was at export. What was found is written to
-BUNDLE.engines/ beside the bundle, where the server looks for it. A second run reuses what is still valid.
+Hashes are verified first. An FP32 engine must give the bundle's golden probabilities. Lower precisions must pass the
+gate: agreement with FP32 on the pictures of --calibration or, without it, on the bundle's golden ones; with one folder
+of pictures a label, the error too. INT8 and FP8 are calibrated on the same pictures, or were at export. What was found
+is written to BUNDLE.engines/ beside the bundle, where the server looks for it. A second run reuses what is still valid.
+Where there is an NVIDIA GPU, its engines are built, too (--device); on a GPU none of this has been run yet.
 
 With --weights or --ensemble the bundle is made first, as by export/to_onnx.py, unless it is there already. With
 --triton a model repository for Triton is written last: every member as ONNX, and the ensemble that averages them.
@@ -44,8 +45,16 @@ from resnet_ensemble.export.engine_store import (
     fingerprint,
     tolerance,
 )
-from resnet_ensemble.export.engines import Precision
+from resnet_ensemble.export.engines import (
+    CALIBRATED,
+    Device,
+    EngineBuildError,
+    EngineLoadError,
+    EngineRunError,
+    Precision,
+)
 from resnet_ensemble.export.gate import CalibrationError, Pictures
+from resnet_ensemble.export.precisions import float8
 from resnet_ensemble.export.quantize import Calibration
 
 SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
@@ -89,7 +98,8 @@ class Workshop:
         """FP32's answers for the gate's views."""
         if self._reference is None:
             backend = engines.backend(engines.DEFAULT)
-            engine = backend.load(backend.compile(self.bundle.read(self.member), "fp32"), "fp32")
+            graph = self.bundle.read(self.member)
+            engine = backend.load(backend.compile(graph, "fp32", self.member.preprocessing), "fp32")
             self._reference = gate.answers(engine, self.pictures.views)
             engine.close()
         return self._reference
@@ -100,11 +110,13 @@ class Workshop:
         graph = self.bundle.read(self.member)
         if precision == "int8":
             graph = quantize.quantized(graph, self.calibration(), implementation.int8_form())
+        elif precision == "fp8":
+            graph = float8(graph, self.calibration())
         began = time.monotonic()
-        compiled = implementation.compile(graph, precision)
+        compiled = implementation.compile(graph, precision, self.member.preprocessing)
         engine = implementation.load(compiled, precision)
         seconds = time.monotonic() - began
-        calibration = (self.calibration_identity or "") if precision == "int8" else ""
+        calibration = (self.calibration_identity or "") if precision in CALIBRATED else ""
         try:
             allowed = tolerance(self.bundle, precision) if precision == "fp32" else float("inf")
             difference = golden.check(engine, self.bundle, self.member, allowed=allowed)
@@ -168,12 +180,13 @@ def build_all(
     calibration: Path | None = None,
     members: list[str] | None = None,
     precisions: list[Precision] | None = None,
+    device: Device = "auto",
     dry_run: bool = False,
 ) -> list[Row]:
     """Every engine of this host, built or reused. Raises BundleError, CalibrationError, BackendUnavailable."""
     verify(bundle)
     store = EngineStore(bundle)
-    variants = [(b, p) for b, p in engines.available() if precisions is None or p in precisions]
+    variants = [(b, p) for b, p in engines.available(device) if precisions is None or p in precisions]
     rows: list[Row] = []
     with store.building():
         for member in bundle.manifest.members:
@@ -192,15 +205,18 @@ def build_all(
 
 def _row(store: EngineStore, workshop: Workshop, backend: str, precision: Precision, *, dry_run: bool) -> Row:
     member = workshop.member
-    wanted = workshop.calibration_identity if precision == "int8" else ""
+    wanted = workshop.calibration_identity if precision in CALIBRATED else ""
     stored = store.find(member, backend, precision, wanted)
     if stored and (workshop.own_calibration or stored.record.gate_pictures == workshop.pictures.identity):
         return Row(member.name, backend, precision, stored.record, "reused")
-    if precision == "int8" and wanted is None:
+    if wanted is None:
         return Row(member.name, backend, precision, None, "needs pictures: --calibration DIR")
     if dry_run:
         return Row(member.name, backend, precision, None, "would be built")
-    record, compiled = workshop.build(backend, precision)
+    try:
+        record, compiled = workshop.build(backend, precision)
+    except (EngineBuildError, EngineLoadError, EngineRunError) as error:  # the other engines may still be good
+        return Row(member.name, backend, precision, None, f"failed: {error}")
     store.add(record, compiled)
     return Row(member.name, backend, precision, record, "built")
 
@@ -263,9 +279,15 @@ def main() -> None:
     parser.add_argument(
         "bundle", type=Path, nargs="?", default=SHIPPED, help="a bundle's folder (default: %(default)s)"
     )
-    parser.add_argument("--calibration", type=Path, metavar="DIR", help="pictures, for INT8 and for the gate")
+    parser.add_argument("--calibration", type=Path, metavar="DIR", help="pictures, for INT8, FP8 and the gate")
     parser.add_argument("--only", action="append", metavar="MEMBER", help="this member (may be repeated)")
     parser.add_argument("--precision", action="append", choices=get_args(Precision), help="(may be repeated)")
+    parser.add_argument(
+        "--device",
+        choices=get_args(Device),
+        default="auto",
+        help="build what runs on it; auto: all that this host has (default)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be built or reused")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     parser.add_argument("--weights", nargs="+", default=[], metavar="WEIGHTS", help="make the bundle of these first")
@@ -289,6 +311,7 @@ def main() -> None:
             calibration=arguments.calibration,
             members=arguments.only,
             precisions=arguments.precision,
+            device=arguments.device,
             dry_run=arguments.dry_run,
         )
         store = EngineStore(bundle)

@@ -1,8 +1,8 @@
 """The engines built for a bundle on this host, in BUNDLE.engines/ beside it: derived, never in git.
 
-An engine is used only if its fingerprint (graph, calibration, backend, version, CPU, golden values) is what it would be
-if it were built now and its file has the recorded hash. Anything else is built again, and a server that finds nothing
-better runs FP32, compiled when it starts; both say in the log what was wrong with the stored one.
+An engine is used only if its fingerprint (graph, calibration, backend, version, device, golden values) is what it would
+be if it were built now and its file has the recorded hash. Anything else is built again, and a server that finds
+nothing better runs FP32, compiled when it starts; both say in the log what was wrong with the stored one.
 """
 
 import fcntl
@@ -150,14 +150,15 @@ class EngineStore:
 def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precision, calibration: str) -> str:
     """A hash of everything that an engine depends on. Raises BackendUnavailable."""
     manifest = bundle.manifest
+    implementation = engines.backend(backend)
     parts = {
         "graph": member.sha256,
         "preprocessing": asdict(member.preprocessing),
         "golden": [[golden.sha256, golden.probabilities[member.name]] for golden in manifest.golden],
         "tolerance": [manifest.golden_protocol, manifest.golden_tolerance],
-        "backend": [backend, engines.backend(backend).version(), precision],
+        "backend": [backend, implementation.version(), precision],
         "calibration": calibration,
-        "cpu": host.cpu(),
+        "device": implementation.identity(member.preprocessing),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -165,7 +166,7 @@ def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precisi
 def open_engine(bundle: Bundle, member: Member, backend: str | None = None) -> Engine:
     """The fastest engine that was built and passed, otherwise FP32 compiled now; checked against the golden pictures.
 
-    Raises BundleError, BackendUnavailable.
+    Raises BundleError, BackendUnavailable, EngineBuildError.
     """
     graph = bundle.read(member)
     store = EngineStore(bundle)
@@ -180,7 +181,7 @@ def open_engine(bundle: Bundle, member: Member, backend: str | None = None) -> E
             store.folder,
         )
     implementation = engines.backend(name)
-    compiled = stored.content if stored else implementation.compile(graph, precision)
+    compiled = stored.content if stored else implementation.compile(graph, precision, member.preprocessing)
     engine = implementation.load(compiled, precision)
     difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, precision))
     info = engine.info

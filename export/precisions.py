@@ -6,7 +6,7 @@ bits of exponent, 3 of mantissa, up to 448.
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from resnet_ensemble.export.engines import Precision
-from resnet_ensemble.export.quantize import Calibration
+
+if TYPE_CHECKING:
+    from resnet_ensemble.export.quantize import Calibration  # which needs more than ONNX
 
 Half = Literal["fp16", "bf16"]
 _TYPES = {
@@ -89,7 +91,7 @@ def lowered(graph: bytes, half: Half) -> bytes:
     return _written(model, nodes)
 
 
-def float8(graph: bytes, calibration: Calibration) -> bytes:
+def float8(graph: bytes, calibration: "Calibration") -> bytes:
     """The graph with QuantizeLinear and DequantizeLinear pairs of FP8, where `quantize` has them for TensorRT.
 
     One scale a tensor, for weights too: relative to its size, FP8 rounds a small weight as finely as a large one.

@@ -82,6 +82,7 @@ class Graph(nn.Module):
     def __init__(self, network: nn.Module, preprocessing: Preprocessing, mean_image: Tensor | None = None) -> None:
         super().__init__()
         self.network = network
+        self.preprocessing = preprocessing
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))
         image = mean.expand(1, 1, 3) if mean_image is None else mean_image
@@ -227,7 +228,7 @@ def _strip_traces(model: onnx.ModelProto) -> None:
 @torch.inference_mode()
 def _compare(content: bytes, graph: Graph) -> None:
     backend = engines.backend("onnxruntime")
-    engine = backend.load(backend.compile(content, "fp32"), "fp32")
+    engine = backend.load(backend.compile(content, "fp32", graph.preprocessing), "fp32")
     generator = np.random.default_rng(0)
     for batch, height, width in CHECKED_SHAPES:
         views = generator.integers(0, 256, (batch, height, width, 3), np.uint8)

@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     """The address to listen on; 0.0.0.0 for every interface."""
     port: int = Field(default=8000, ge=0, le=65535)
     """The TCP port to listen on."""
-    backend: Literal["auto", "onnxruntime", "openvino", "fake"] = "auto"
+    backend: Literal["auto", "onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt", "fake"] = "auto"
     """What runs the members: the fastest that build_engines found right, one by name, or `fake`, without weights."""
     streams: int = Field(default_factory=cores, ge=1)
     """Engine runs side by side. The default is the number of cores that this process may use."""

@@ -10,7 +10,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from resnet_ensemble.training.views import Preprocessing
+
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+# Made with what was found on pictures (export/quantize.py).
+CALIBRATED: tuple[Precision, ...] = ("int8", "fp8")
+Device = Literal["auto", "cpu", "cuda"]
 # Where activations are quantized in an INT8 graph (export/quantize.py).
 #   inputs    the inputs of convolutions; residual sums stay in FP32
 #   trunk     every activation that a convolution reads, for all that read it, so that residual sums read bytes too
@@ -51,24 +56,42 @@ class Backend(Protocol):
         """The installed version."""
 
     def precisions(self) -> tuple[Precision, ...]:
-        """What it computes in on this host."""
+        """What it computes in on this host. Raises BackendUnavailable where it can't run."""
+
+    def identity(self, seen: Preprocessing) -> str:
+        """What an engine depends on beside its graph: this host's device, sizes of views. Raises BackendUnavailable."""
 
     def int8_form(self) -> Form:
         """Where it wants activations quantized."""
 
-    def compile(self, graph: bytes, precision: Precision) -> bytes:
-        """An ONNX graph optimised for this host, to be stored and loaded again. For int8, a quantized graph."""
+    def compile(self, graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:
+        """An ONNX graph optimised for this host and for views of a member, to be stored and loaded again.
+
+        For int8 and fp8, a quantized graph. Raises EngineBuildError, BackendUnavailable.
+        """
 
     def load(self, compiled: bytes, precision: Precision) -> Engine:
-        """An engine from what `compile` made."""
+        """An engine from what `compile` made. Raises EngineLoadError, BackendUnavailable."""
 
 
-# Every backend that can run a bundle's graphs. The fake one, which has no weights, is asked for by name.
-BACKENDS = ("onnxruntime", "openvino")
+# Every backend that can run a bundle's graphs, by the device that it runs on. The fake one, which has no weights, is
+# asked for by name.
+ON = {"cpu": ("onnxruntime", "openvino"), "cuda": ("onnxruntime-cuda", "tensorrt")}
+BACKENDS = (*ON["cpu"], *ON["cuda"])
 # What runs a bundle where nothing was built.
 DEFAULT = "onnxruntime"
-_MODULES = {"onnxruntime": "onnx_runtime", "openvino": "openvino_cpu"}
-_REMEDY = {"onnxruntime": "pip install 'resnet-ensemble[cpu]'", "openvino": "pip install 'resnet-ensemble[openvino]'"}
+_MODULES = {
+    "onnxruntime": "onnx_runtime",
+    "openvino": "openvino_cpu",
+    "onnxruntime-cuda": "onnx_runtime_cuda",
+    "tensorrt": "tensorrt_gpu",
+}
+_REMEDY = {
+    "onnxruntime": "pip install 'resnet-ensemble[cpu]'",
+    "openvino": "pip install 'resnet-ensemble[openvino]'",
+    "onnxruntime-cuda": "pip install 'resnet-ensemble[gpu]', without [cpu]",
+    "tensorrt": "pip install 'resnet-ensemble[tensorrt]'",
+}
 
 
 class BackendUnavailable(Exception):
@@ -83,21 +106,33 @@ class EngineLoadError(BackendUnavailable):
     """A compiled engine does not run on this host; the message says why and what to do."""
 
 
+class EngineRunError(RuntimeError):
+    """An engine failed while it ran or was made ready; the message says what the library said."""
+
+
 def backend(name: str) -> Backend:
     """Import a backend. Raises BackendUnavailable."""
     try:
         module: Backend = importlib.import_module(f"resnet_ensemble.export.engines.{_MODULES[name]}")
     except ImportError as error:
-        raise BackendUnavailable(f"the backend {name} is not installed ({error}); {_REMEDY[name]}") from None
+        raise BackendUnavailable(not_installed(name, error)) from None
     return module
 
 
-def available() -> list[tuple[str, Precision]]:
-    """Every backend and precision of this host."""
+def not_installed(name: str, error: ImportError) -> str:
+    """What to do about a backend whose package is missing."""
+    return f"the backend {name} is not installed ({error}); {_REMEDY[name]}"
+
+
+def available(device: Device = "auto") -> list[tuple[str, Precision]]:
+    """Every backend and precision of this host. Raises BackendUnavailable if a device that was asked for has none."""
     found: list[tuple[str, Precision]] = []
-    for name in BACKENDS:
+    missing: list[str] = []
+    for name in BACKENDS if device == "auto" else ON[device]:
         try:
             found += [(name, precision) for precision in backend(name).precisions()]
-        except BackendUnavailable:  # an extra that is not installed is no fault
-            continue
+        except BackendUnavailable as why:  # an extra that is not installed is no fault
+            missing.append(f"{name}: {why}")
+    if device != "auto" and not found:
+        raise BackendUnavailable(f"nothing runs on {device} here. {'. '.join(missing)}")
     return found

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from resnet_ensemble.export.engines import BackendUnavailable
+from resnet_ensemble.export.engines import BackendUnavailable, EngineRunError
 
 DRIVER_FILE = Path("/sys/module/nvidia/version")
 
 
-class CudaError(RuntimeError):
+class CudaError(EngineRunError):
     """A call of the CUDA runtime failed; the message has its name and what CUDA says."""
 
 

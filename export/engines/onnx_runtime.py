@@ -13,7 +13,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf
 
+from resnet_ensemble.export import host
 from resnet_ensemble.export.engines import Engine, EngineInfo, Form, Precision
+from resnet_ensemble.training.views import Preprocessing
 
 _QUIET = 3  # errors only: level 2 warns that a stored graph suits only this kind of CPU, which its fingerprint knows
 
@@ -51,7 +53,12 @@ def int8_form() -> Form:
     return "integer"
 
 
-def compile(graph: bytes, precision: Precision) -> bytes:  # noqa: A001, ARG001  # an INT8 graph says itself that it is
+def identity(seen: Preprocessing) -> str:  # noqa: ARG001  # it takes views of any size
+    """The CPU: stored graphs have its layouts."""
+    return host.cpu()
+
+
+def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  # noqa: A001, ARG001  # any size, any type
     """Fuse operators and lay weights out for this CPU, once, so that servers start sooner. Raises OSError."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "optimised.onnx")

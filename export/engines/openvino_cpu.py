@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from resnet_ensemble.export import host
 from resnet_ensemble.export.engines import Engine, EngineInfo, Form, Precision
+from resnet_ensemble.training.views import Preprocessing
 
 DEVICE = "CPU"
 _core = openvino.Core()
@@ -53,7 +54,12 @@ def int8_form() -> Form:
     return "trunk"
 
 
-def compile(graph: bytes, precision: Precision) -> bytes:  # noqa: A001  # the backends' common verb
+def identity(seen: Preprocessing) -> str:  # noqa: ARG001  # it takes views of any size
+    """The CPU."""
+    return host.cpu()
+
+
+def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  # noqa: A001, ARG001
     """Fuse operators and lay weights out for this CPU."""
     model = _core.compile_model(_core.read_model(graph), DEVICE, _options(precision))
     content: bytes = model.export_model().getvalue()

@@ -10,6 +10,7 @@ from resnet_ensemble.export import engine_store, engines, gate, host
 from resnet_ensemble.export.build_engines import Workshop
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engine_store import EngineStore, Record, Stored, fingerprint
+from resnet_ensemble.training.views import Preprocessing
 
 BACKEND = "onnxruntime"
 
@@ -129,9 +130,9 @@ def test_the_server_opens_the_stored_engine_and_compiles_only_what_is_missing(
     compiled: list[bytes] = []
     original = implementation.compile
 
-    def compile_and_note(graph: bytes, precision: engines.Precision) -> bytes:
+    def compile_and_note(graph: bytes, precision: engines.Precision, seen: Preprocessing) -> bytes:
         compiled.append(graph)
-        return original(graph, precision)
+        return original(graph, precision, seen)
 
     monkeypatch.setattr(implementation, "compile", compile_and_note)
 

@@ -22,7 +22,8 @@ class Shifted:
 
 def opened(bundle: Bundle) -> engines.Engine:
     implementation = engines.backend("onnxruntime")
-    return implementation.load(implementation.compile(bundle.read(bundle.manifest.members[0]), "fp32"), "fp32")
+    member = bundle.manifest.members[0]
+    return implementation.load(implementation.compile(bundle.read(member), "fp32", member.preprocessing), "fp32")
 
 
 def test_the_shipped_members_pass_far_within_the_tolerance(shipped: Bundle) -> None:

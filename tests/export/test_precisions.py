@@ -14,6 +14,7 @@ from resnet_ensemble.export import gate, precisions, quantize
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines import Precision
 from resnet_ensemble.export.quantize import Calibration
+from tests.export.engines.fake_gpu import without_bf16
 
 LOWER: tuple[Precision, ...] = ("fp16", "bf16", "int8", "fp8")
 
@@ -54,21 +55,6 @@ def run(graph: bytes, views: NDArray[np.uint8]) -> NDArray[np.float32]:
     return answers
 
 
-def in_floats(graph: bytes) -> bytes:
-    """A BF16 graph, computed in FP32: ONNX Runtime has no convolution in BF16."""
-    model = onnx.load_from_string(graph)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.BFLOAT16:
-            values = numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.i == TensorProto.BFLOAT16:
-                attribute.i = TensorProto.FLOAT
-    content: bytes = model.SerializeToString()
-    return content
-
-
 def types(graph: bytes) -> Counter[tuple[str, str]]:
     """How many convolutions and linear layers read activations of which type: (operator, type)."""
     model = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph), data_prop=True)
@@ -88,7 +74,7 @@ def types(graph: bytes) -> Counter[tuple[str, str]]:
 def test_the_classifier_stays_the_same(
     prepared: dict[Precision, bytes], graph: bytes, views: NDArray[np.uint8], precision: Precision, allowed: float
 ) -> None:
-    found, expected = run(in_floats(prepared[precision]), views), run(graph, views)
+    found, expected = run(without_bf16(prepared[precision]), views), run(graph, views)
 
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() <= allowed

@@ -1,6 +1,6 @@
 """Every member of the paper's ensemble, with random weights, in every precision through TensorRT-RTX's compiler.
 
-    python tests/export/engines/compile_ilsvrc2015.py
+    python tests/export/engines/compile_ilsvrc2015.py [MEMBER ...]
 
 Some minutes and 2 GB of memory, so it is no test. Exit code 1 if one of them fails.
 """
@@ -28,7 +28,8 @@ MEMBERS = {
 def main() -> int:
     failed = 0
     print("| member | precision | layers by type | plan, MB | parse and build, CPU s |\n|---|---|---|---|---|")
-    for name, (depth, shortcut) in MEMBERS.items():
+    for name in sys.argv[1:] or MEMBERS:
+        depth, shortcut = MEMBERS[name]
         graph = exported(depth, shortcut)
         with tempfile.TemporaryDirectory() as folder:
             asked = jobs(graph, Path(folder), name, IMAGENET)

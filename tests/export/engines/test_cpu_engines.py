@@ -9,7 +9,7 @@ from resnet_ensemble.export import engines, quantize
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines import BackendUnavailable, Precision
 
-VARIANTS = engines.available()
+VARIANTS = engines.available("cpu")
 
 
 def views(n: int, seed: int = 0) -> np.ndarray:
@@ -24,10 +24,11 @@ def calibration(shipped: Bundle) -> quantize.Calibration:
 @pytest.fixture(scope="module", params=VARIANTS, ids="-".join)
 def engine(request: pytest.FixtureRequest, shipped: Bundle, calibration: quantize.Calibration) -> engines.Engine:
     name, precision = request.param
-    backend, graph = engines.backend(name), shipped.read(shipped.manifest.members[0])
+    member = shipped.manifest.members[0]
+    backend, graph = engines.backend(name), shipped.read(member)
     if precision == "int8":
         graph = quantize.quantized(graph, calibration, backend.int8_form())
-    return backend.load(backend.compile(graph, precision), precision)
+    return backend.load(backend.compile(graph, precision, member.preprocessing), precision)
 
 
 def test_this_host_has_fp32_and_int8_of_both_backends() -> None:

@@ -1,0 +1,95 @@
+"""ONNX Runtime on an NVIDIA GPU: FP32 and FP16. Not yet run on a GPU.
+
+ONNX Runtime lists a provider that was compiled in, works or not, and where CUDA fails it goes on with the CPU and says
+so only in its log. So the GPU is asked first, and a session is refused if it runs on anything else.
+"""
+
+from typing import cast
+
+import numpy as np
+import onnxruntime
+from cuda.bindings import runtime as cudart
+from numpy.typing import NDArray
+
+from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineInfo, EngineLoadError, Form, Precision
+from resnet_ensemble.export.engines.gpu import Gpu, probe
+from resnet_ensemble.training.views import Preprocessing
+
+PROVIDER = "CUDAExecutionProvider"
+_QUIET = 3  # errors only
+
+
+class OnnxRuntimeCudaEngine:
+    """A session on the first GPU. Raises EngineLoadError if a part of the graph would run on the CPU."""
+
+    def __init__(self, graph: bytes, precision: Precision) -> None:
+        gpu = _gpu()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _QUIET
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        # FP32 is to be FP32, not TF32.
+        provider = (PROVIDER, {"device_id": "0", "use_tf32": "0"})
+        try:
+            self._session = onnxruntime.InferenceSession(graph, options, providers=[provider])
+        except Exception as error:  # noqa: BLE001  # ONNX Runtime raises classes of its own, without a common one
+            raise EngineLoadError(f"ONNX Runtime {version()} can't run on {gpu.name}: {error}") from None
+        used = self._session.get_providers()
+        if used[:1] != [PROVIDER]:
+            raise EngineLoadError(
+                f"ONNX Runtime {version()} took {used} instead of {PROVIDER} on {gpu.name}; its log says why: usually "
+                "CUDA or cuDNN is missing or of another version (pip install 'resnet-ensemble[gpu]')"
+            )
+        self.info = EngineInfo("onnxruntime-cuda", version(), precision, gpu.name, threads=1)
+
+    def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probabilities (n, classes) of views (n, h, w, 3)."""
+        return cast("NDArray[np.float32]", self._session.run(None, {"views": views})[0])
+
+    def close(self) -> None:
+        """Drop the session."""
+        del self._session
+
+
+def version() -> str:
+    """The installed version."""
+    return onnxruntime.__version__  # type: ignore[no-any-return]
+
+
+def precisions() -> tuple[Precision, ...]:
+    """FP32 and FP16; it has no convolution of bytes. Raises BackendUnavailable."""
+    _gpu()
+    if PROVIDER not in onnxruntime.get_available_providers():
+        raise BackendUnavailable(
+            "the installed ONNX Runtime is the CPU's; pip uninstall onnxruntime and then pip install "
+            "'resnet-ensemble[gpu]': both packages write the same files"
+        )
+    return ("fp32", "fp16")
+
+
+def int8_form() -> Form:
+    """As on the CPU."""
+    return "integer"
+
+
+def identity(seen: Preprocessing) -> str:  # noqa: ARG001  # it takes views of any size
+    """GPU and driver."""
+    return _gpu().identity
+
+
+def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  # noqa: A001, ARG001
+    """The graph in the types that it is to be computed in; a session optimises it in less than a second."""
+    if precision == "fp32":
+        return graph
+    from resnet_ensemble.export.precisions import lowered  # noqa: PLC0415  # ONNX, which serving does without
+
+    return lowered(graph, "fp16")
+
+
+def load(compiled: bytes, precision: Precision) -> Engine:
+    """An engine from what `compile` made."""
+    onnxruntime.preload_dlls()  # CUDA's and cuDNN's, from their packages
+    return OnnxRuntimeCudaEngine(compiled, precision)
+
+
+def _gpu() -> Gpu:
+    return probe(cudart)

@@ -1,0 +1,254 @@
+"""The backends for GPUs on a machine without one, and on a fake. Not yet run on a GPU."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import astuple
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from resnet_ensemble.export import engine_store, engines
+from resnet_ensemble.export.build_engines import Row, build_all
+from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.engine_store import EngineStore
+from resnet_ensemble.export.engines import (
+    BackendUnavailable,
+    EngineLoadError,
+    onnx_runtime_cuda,
+    tensorrt_builder,
+    tensorrt_gpu,
+)
+from resnet_ensemble.export.engines.tensorrt_builder import INNER, BuildFailed, Plan
+from tests.export.engines import fake_gpu
+from tests.export.engines.fake_gpu import Cudart, TensorRt
+
+NO_GPU = Cudart(error=35)
+
+
+@pytest.fixture
+def bundle(shipped: Bundle, tmp_path: Path) -> Bundle:
+    return Bundle.open(Path(shutil.copytree(shipped.path, tmp_path / "cifar10")))
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_gpu, "cudart", NO_GPU)
+    monkeypatch.setattr(onnx_runtime_cuda, "cudart", NO_GPU)
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace())  # with nothing in it to touch
+
+
+@pytest.fixture
+def cudart(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudart]:
+    """A GPU, on which TensorRT `builds` whatever it is given."""
+    made = Cudart()
+    monkeypatch.setattr(tensorrt_gpu, "cudart", made)
+    monkeypatch.setattr(onnx_runtime_cuda, "cudart", made)
+    monkeypatch.setitem(sys.modules, "tensorrt", TensorRt(made))
+    monkeypatch.setattr(tensorrt_builder, "build", built)
+    monkeypatch.setattr("resnet_ensemble.export.build_engines.SECONDS_PER_TIMING", 0.01)
+    yield made
+    assert made.leaks() == []
+
+
+def built(module: Any, graph: bytes, profiles: Any, *, timings: Any) -> Plan:
+    """A plan of the fake. The graph's own types say what its layers are computed in."""
+    assert module.__version__ == TensorRt.__version__
+    marks = {b"float8": "FP8", b".int8": "INT8", b"picture_to_bf16": "BF16", b"picture_to_fp16": "HALF"}
+    inner = next((kind for mark, kind in marks.items() if mark in graph), "FLOAT")
+    rest = "HALF" if inner in ("FP8", "INT8") else inner
+    content = fake_gpu.plan(graph, [astuple(profile) for profile in profiles])
+    return Plan(content, {"first": rest, "inner": inner, "last": rest})
+
+
+@pytest.mark.parametrize("name", engines.ON["cuda"])
+def test_without_a_gpu_nothing_is_claimed_and_the_reason_is_said(name: str, no_gpu: None, shipped: Bundle) -> None:
+    member = shipped.manifest.members[0]
+    backend = engines.backend(name)
+
+    assert name not in {found for found, _ in engines.available()}
+    for use in (
+        backend.precisions,
+        lambda: backend.identity(member.preprocessing),
+        lambda: backend.load(b"", "fp32"),
+        lambda: engine_store.open_engine(shipped, member, name),
+    ):
+        with pytest.raises(BackendUnavailable, match=r"driver, r580|cudaErrorInsufficientDriver"):
+            use()
+
+
+def test_asking_for_a_gpu_that_is_not_there_says_what_each_backend_lacks(no_gpu: None, shipped: Bundle) -> None:
+    with pytest.raises(BackendUnavailable, match=r"nothing runs on cuda here\. onnxruntime-cuda: .* tensorrt: "):
+        build_all(shipped, device="cuda")
+    assert {name for name, _ in engines.available("cpu")} == {"onnxruntime", "openvino"}
+
+
+def test_a_gpu_without_tensorrt_says_what_to_install(cudart: Cudart, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # what makes an import fail
+
+    with pytest.raises(BackendUnavailable, match=r"pip install 'resnet-ensemble\[tensorrt\]'"):
+        tensorrt_gpu.precisions()
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "missing"), [(7, 5, {"bf16", "fp8"}), (8, 0, {"fp8"}), (8, 9, set()), (12, 0, set())]
+)
+def test_the_precisions_are_those_of_the_gpu(
+    cudart: Cudart, monkeypatch: pytest.MonkeyPatch, major: int, minor: int, missing: set[str]
+) -> None:
+    about = SimpleNamespace(name=b"x", major=major, minor=minor, totalGlobalMem=1)
+    monkeypatch.setattr(cudart, "cudaGetDeviceProperties", lambda _: (0, about))
+
+    assert set(INNER) - set(tensorrt_gpu.precisions()) == missing
+
+
+def rows_of(rows: list[Row]) -> dict[str, str]:
+    return {row.precision: row.note if row.record is None else row.record.verdict for row in rows}
+
+
+def test_every_engine_of_a_gpu_is_built_checked_timed_stored_and_opened(cudart: Cudart, bundle: Bundle) -> None:
+    member = bundle.manifest.members[0]
+
+    rows = build_all(bundle, members=[member.name], precisions=["fp32", "fp16"], device="cuda")
+    again = build_all(bundle, members=[member.name], precisions=["fp32", "fp16"], device="cuda")
+
+    assert rows_of(rows) == {"fp32": "passed", "fp16": "passed"}
+    assert [row.note for row in again] == ["reused", "reused"]
+    best = EngineStore(bundle).best(member, "tensorrt")
+    assert best is not None
+    engine = engine_store.open_engine(bundle, member, "tensorrt")
+    assert (engine.info.backend, engine.info.precision, engine.info.device) == ("tensorrt", best.precision, "Fake GPU")
+    engine.close()
+
+
+def test_the_fastest_that_passed_is_served_on_whatever_device(cudart: Cudart, bundle: Bundle) -> None:
+    member = bundle.manifest.members[0]
+    rows = build_all(bundle, members=[member.name], precisions=["fp32"])
+
+    records = [row.record for row in rows if row.record]
+    assert {record.backend for record in records} == {"onnxruntime", "openvino", "tensorrt"}
+    fastest = max(records, key=lambda record: record.views_per_second["10"])
+    assert EngineStore(bundle).best(member) == fastest
+
+
+@pytest.mark.parametrize("change", ["another GPU", "another driver", "another TensorRT", "other sizes", "flipped"])
+def test_a_plan_that_is_not_of_this_host_is_never_given_to_tensorrt(
+    cudart: Cudart, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    member = bundle.manifest.members[0]
+    build_all(bundle, members=[member.name], precisions=["fp32"], device="cuda")
+    store = EngineStore(bundle)
+    record = store.find(member, "tensorrt", "fp32")
+    assert record is not None
+
+    if change == "another GPU":
+        about = SimpleNamespace(name=b"Another", major=8, minor=9, totalGlobalMem=1)
+        monkeypatch.setattr(cudart, "cudaGetDeviceProperties", lambda _: (0, about))
+    elif change == "another driver":
+        monkeypatch.setattr(cudart, "cudaDriverGetVersion", lambda: (0, 14000))
+    elif change == "another TensorRT":
+        monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "11.5.0", raising=False)
+    elif change == "other sizes":
+        monkeypatch.setattr(tensorrt_gpu, "BUCKETS", (1, 3))
+    else:
+        content = bytearray((store.folder / record.file).read_bytes())
+        content[-1] ^= 1
+        (store.folder / record.file).write_bytes(content)
+
+    assert store.find(member, "tensorrt", "fp32") is None
+
+
+def test_an_engine_that_can_t_be_built_does_not_stop_the_others(
+    cudart: Cudart, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_fp16(module: Any, graph: bytes, profiles: Any, *, timings: Any) -> Plan:
+        if b"picture_to_fp16" in graph:
+            raise BuildFailed("TensorRT found no plan: no tactics")
+        return built(module, graph, profiles, timings=timings)
+
+    monkeypatch.setattr(tensorrt_builder, "build", no_fp16)
+    rows = build_all(bundle, members=[bundle.manifest.members[0].name], precisions=["fp16", "fp32"], device="cuda")
+
+    assert rows_of(rows) == {"fp32": "passed", "fp16": "failed: TensorRT found no plan: no tactics"}
+
+
+def test_a_plan_in_the_wrong_precision_is_never_stored(
+    cudart: Cudart, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_floats(module: Any, graph: bytes, profiles: Any, *, timings: Any) -> Plan:
+        return Plan(b"", {"first": "FLOAT", "inner": "FLOAT", "last": "FLOAT"})
+
+    monkeypatch.setattr(tensorrt_builder, "build", in_floats)
+    (row,) = build_all(bundle, members=[bundle.manifest.members[0].name], precisions=["fp16"], device="cuda")
+
+    assert row.record is None
+    assert "3 of 3 layers are computed in another type" in row.note
+    assert not list(EngineStore(bundle).folder.glob("*.engine"))
+
+
+# ONNX Runtime
+
+
+def test_the_cpu_s_onnx_runtime_is_not_taken_for_the_gpu_s(cudart: Cudart) -> None:
+    with pytest.raises(BackendUnavailable, match=r"the CPU's; pip uninstall onnxruntime .*\[gpu\]"):
+        onnx_runtime_cuda.precisions()
+
+
+class Session:
+    """A session that says what it runs on. It runs on the CPU."""
+
+    def __init__(self, used: str) -> None:
+        self.used = used
+
+    def __call__(self, graph: bytes, options: Any, providers: Any) -> Any:
+        assert providers[0][0] == "CUDAExecutionProvider"
+        assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+        self.session = SESSION(graph, providers=["CPUExecutionProvider"])
+        return self
+
+    def get_providers(self) -> list[str]:
+        return [self.used, "CPUExecutionProvider"]
+
+    def run(self, *arguments: Any) -> Any:
+        return self.session.run(*arguments)
+
+
+SESSION = onnxruntime.InferenceSession
+
+
+def test_a_session_that_fell_back_to_the_cpu_is_refused(
+    cudart: Cudart, shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = shipped.read(shipped.manifest.members[0])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session("CPUExecutionProvider"))
+
+    with pytest.raises(EngineLoadError, match="instead of CUDAExecutionProvider on Fake GPU"):
+        onnx_runtime_cuda.load(graph, "fp32")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+def test_the_real_onnx_runtime_of_cpus_is_refused_at_its_first_session(cudart: Cudart, shipped: Bundle) -> None:
+    with pytest.raises(EngineLoadError, match="ONNX Runtime"):
+        onnx_runtime_cuda.load(shipped.read(shipped.manifest.members[0]), "fp32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_session_on_the_gpu_answers(
+    cudart: Cudart, shipped: Bundle, monkeypatch: pytest.MonkeyPatch, precision: engines.Precision
+) -> None:
+    member = shipped.manifest.members[0]
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session("CUDAExecutionProvider"))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert precision in onnx_runtime_cuda.precisions()
+
+    compiled = onnx_runtime_cuda.compile(shipped.read(member), precision, member.preprocessing)
+    engine = onnx_runtime_cuda.load(compiled, precision)
+
+    answers = engine.run(np.zeros((2, 32, 32, 3), np.uint8))
+    np.testing.assert_allclose(answers.sum(axis=1), 1, atol=1e-5)
+    assert (engine.info.backend, engine.info.device) == ("onnxruntime-cuda", "Fake GPU")
+    engine.close()
