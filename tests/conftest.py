@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.bundle import Bundle, write
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.app import create_app
 from resnet_ensemble.server.service import Service
@@ -36,6 +36,22 @@ def shipped() -> Bundle:
     return Bundle.open(ROOT / "bundles" / "cifar10")
 
 
+@pytest.fixture(scope="session")
+def pair(shipped: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """ResNet-20 and ResNet-32 of the shipped bundle, for tests that build all engines or count members and views."""
+    manifest = shipped.manifest
+    members = manifest.members[:2]
+    names = [member.name for member in members]
+    golden = tuple(
+        picture.model_copy(update={"probabilities": {name: picture.probabilities[name] for name in names}})
+        for picture in manifest.golden
+    )
+    parts = [*members, *(member.calibration for member in members if member.calibration), *golden]
+    files = {part.file: shipped.read(part) for part in parts}
+    changed = manifest.model_copy(update={"members": members, "golden": golden, "measured": ()})
+    return write(tmp_path_factory.mktemp("pair") / "cifar10", changed, files)
+
+
 @pytest.fixture
 def png() -> Callable[..., bytes]:
     """Encode a plain grey image: the fake engine answers by brightness, so the right label is known."""
@@ -56,13 +72,13 @@ def wait_until_ready(client: TestClient) -> None:
 
 
 @pytest.fixture
-def serve() -> Callable[..., Any]:
-    """A context manager that serves the shipped bundle's labels on fake engines, ready, over an in-process client."""
+def serve(pair: Bundle) -> Callable[..., Any]:
+    """A context manager that serves two members on fake engines, ready, over an in-process client."""
 
     @contextmanager
     def served(engine: Callable[[int], FakeEngine] = FakeEngine, **settings: Any) -> Iterator[TestClient]:
         service = Service(
-            Settings(**settings),
+            Settings(**{"bundle": pair.path, **settings}),
             open_with=lambda bundle, *_: engine(len(bundle.manifest.labels)),
         )
         with TestClient(create_app(service), raise_server_exceptions=False) as client:

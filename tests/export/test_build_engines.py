@@ -17,8 +17,8 @@ from resnet_ensemble.training.model import cifar
 
 
 @pytest.fixture
-def bundle(shipped: Bundle, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shipped.path, tmp_path / "cifar10"))
+def bundle(pair: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pair.path, tmp_path / "cifar10"))
 
 
 def build(root: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -25,9 +25,9 @@ ORT_DTYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
 
 
 @pytest.fixture(scope="module")
-def repository(shipped: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(pair: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("triton") / "models"
-    triton_repository.write(shipped, folder)
+    triton_repository.write(pair, folder)
     return folder
 
 
@@ -58,10 +58,10 @@ def disk_full_beyond(size: int) -> Iterator[None]:
 # What is written
 
 
-def test_there_is_a_model_a_member_their_mean_and_the_ensemble(repository: Path, shipped: Bundle) -> None:
+def test_there_is_a_model_a_member_their_mean_and_the_ensemble(repository: Path, pair: Bundle) -> None:
     found = configs(repository)
 
-    members = [f"cifar10-{member.name}" for member in shipped.manifest.members]
+    members = [f"cifar10-{member.name}" for member in pair.manifest.members]
     assert set(found) == {"cifar10", "cifar10_mean", *members}
     assert {name: config.name for name, config in found.items()} == {name: name for name in found}
     assert {found[name].platform for name in (*members, "cifar10_mean")} == {"onnxruntime_onnx"}
@@ -70,11 +70,11 @@ def test_there_is_a_model_a_member_their_mean_and_the_ensemble(repository: Path,
     assert all(found[name].HasField("dynamic_batching") for name in members)
 
 
-def test_every_model_names_its_labels(repository: Path, shipped: Bundle) -> None:
+def test_every_model_names_its_labels(repository: Path, pair: Bundle) -> None:
     for name, config in configs(repository).items():
         (output,) = config.output
         labels = (repository / name / output.label_filename).read_text().splitlines()
-        assert tuple(labels) == shipped.manifest.labels
+        assert tuple(labels) == pair.manifest.labels
 
 
 def test_every_config_says_what_the_onnx_file_has(triton: Triton) -> None:
@@ -88,10 +88,10 @@ def test_every_config_says_what_the_onnx_file_has(triton: Triton) -> None:
             assert all(isinstance(tensor.shape[0], str) for tensor in found)  # any batch
 
 
-def test_the_ensemble_is_the_mean_of_the_members_on_every_golden_picture(triton: Triton, shipped: Bundle) -> None:
-    engines = [onnxruntime.InferenceSession(shipped.read(member)) for member in shipped.manifest.members]
-    for index, golden in enumerate(shipped.manifest.golden):
-        views = make_views(picture(shipped, index), shipped.manifest.members[0].preprocessing, "10crop")
+def test_the_ensemble_is_the_mean_of_the_members_on_every_golden_picture(triton: Triton, pair: Bundle) -> None:
+    engines = [onnxruntime.InferenceSession(pair.read(member)) for member in pair.manifest.members]
+    for index, golden in enumerate(pair.manifest.golden):
+        views = make_views(picture(pair, index), pair.manifest.members[0].preprocessing, "10crop")
 
         (found,) = triton.infer("cifar10", {"views": views}).values()
 
@@ -101,7 +101,7 @@ def test_the_ensemble_is_the_mean_of_the_members_on_every_golden_picture(triton:
         np.testing.assert_allclose(
             found.mean(axis=0),
             np.mean(list(golden.probabilities.values()), axis=0),
-            atol=shipped.manifest.golden_tolerance,
+            atol=pair.manifest.golden_tolerance,
         )
 
 
@@ -121,8 +121,8 @@ def with_second_member_seeing(bundle: Bundle, **changes: object) -> Bundle:
     return Bundle(bundle.path, bundle.manifest.model_copy(update={"members": members}))
 
 
-def test_members_that_see_pictures_differently_have_inputs_of_their_own(shipped: Bundle, tmp_path: Path) -> None:
-    bundle = with_second_member_seeing(shipped, resize=48, crop=40)
+def test_members_that_see_pictures_differently_have_inputs_of_their_own(pair: Bundle, tmp_path: Path) -> None:
+    bundle = with_second_member_seeing(pair, resize=48, crop=40)
     triton_repository.write(bundle, tmp_path / "models")
     triton = Triton(tmp_path / "models")
 
@@ -137,14 +137,14 @@ def test_members_that_see_pictures_differently_have_inputs_of_their_own(shipped:
     assert not np.allclose(alone[0]["probabilities"], alone[1]["probabilities"], atol=1e-3)
 
 
-def test_members_that_differ_only_in_what_the_graph_does_share_their_input(shipped: Bundle, tmp_path: Path) -> None:
-    triton_repository.write(with_second_member_seeing(shipped, std=(0.5, 0.5, 0.5)), tmp_path / "models")
+def test_members_that_differ_only_in_what_the_graph_does_share_their_input(pair: Bundle, tmp_path: Path) -> None:
+    triton_repository.write(with_second_member_seeing(pair, std=(0.5, 0.5, 0.5)), tmp_path / "models")
 
     assert [tensor.name for tensor in configs(tmp_path / "models")["cifar10"].input] == ["views"]
 
 
-def test_a_plan_takes_the_place_of_the_onnx_file(shipped: Bundle, tmp_path: Path) -> None:
-    triton_repository.write(shipped, tmp_path / "models", {"resnet20": Plan(b"a plan", max_batch=16)})
+def test_a_plan_takes_the_place_of_the_onnx_file(pair: Bundle, tmp_path: Path) -> None:
+    triton_repository.write(pair, tmp_path / "models", {"resnet20": Plan(b"a plan", max_batch=16)})
 
     found = configs(tmp_path / "models")
     assert (tmp_path / "models" / "cifar10-resnet20" / "1" / "model.plan").read_bytes() == b"a plan"
@@ -154,9 +154,9 @@ def test_a_plan_takes_the_place_of_the_onnx_file(shipped: Bundle, tmp_path: Path
     assert {config.max_batch_size for config in found.values()} == {16}  # an ensemble has the smallest of its members
 
 
-def test_the_client_in_the_readme_prints_the_classes(triton: Triton, repository: Path, shipped: Bundle) -> None:
+def test_the_client_in_the_readme_prints_the_classes(triton: Triton, repository: Path, pair: Bundle) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```$", (repository / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    ship = shipped.path / "golden" / "ship.png"
+    ship = pair.path / "golden" / "ship.png"
 
     with triton.served() as address:
         command = [sys.executable, "-c", code, str(ship), address]
@@ -164,9 +164,9 @@ def test_the_client_in_the_readme_prints_the_classes(triton: Triton, repository:
 
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    golden = next(golden for golden in shipped.manifest.golden if golden.file == "golden/ship.png")
+    golden = next(golden for golden in pair.manifest.golden if golden.file == "golden/ship.png")
     mean = np.mean(list(golden.probabilities.values()), axis=0)
-    assert [line.split()[1] for line in lines[:2]] == [shipped.manifest.labels[i] for i in mean.argsort()[:-3:-1]]
+    assert [line.split()[1] for line in lines[:2]] == [pair.manifest.labels[i] for i in mean.argsort()[:-3:-1]]
     assert float(lines[0].split()[0]) == pytest.approx(mean.max(), abs=2e-4)
 
 
@@ -178,9 +178,9 @@ def test_the_list_of_contents_has_the_hash_of_every_file(repository: Path) -> No
     assert all(triton_repository._sha256(files[name]) == digest for name, digest in listed.items())
 
 
-def test_a_label_of_two_lines_is_refused(shipped: Bundle, tmp_path: Path) -> None:
-    labels = ("one\ntwo", *shipped.manifest.labels[1:])
-    bundle = Bundle(shipped.path, shipped.manifest.model_copy(update={"labels": labels}))
+def test_a_label_of_two_lines_is_refused(pair: Bundle, tmp_path: Path) -> None:
+    labels = ("one\ntwo", *pair.manifest.labels[1:])
+    bundle = Bundle(pair.path, pair.manifest.model_copy(update={"labels": labels}))
 
     with pytest.raises(RepositoryError, match=r"the label 'one\\ntwo' is not one line"):
         triton_repository.write(bundle, tmp_path / "models")
@@ -189,9 +189,9 @@ def test_a_label_of_two_lines_is_refused(shipped: Bundle, tmp_path: Path) -> Non
 # What is replaced
 
 
-def test_an_unchanged_repository_of_ours_is_replaced(shipped: Bundle, tmp_path: Path) -> None:
-    triton_repository.write(shipped, tmp_path / "models", {"resnet20": Plan(b"a plan", max_batch=16)})
-    triton_repository.write(shipped, tmp_path / "models")
+def test_an_unchanged_repository_of_ours_is_replaced(pair: Bundle, tmp_path: Path) -> None:
+    triton_repository.write(pair, tmp_path / "models", {"resnet20": Plan(b"a plan", max_batch=16)})
+    triton_repository.write(pair, tmp_path / "models")
 
     assert "cifar10-resnet20/1/model.onnx" in content(tmp_path / "models")
     assert "cifar10-resnet20/1/model.plan" not in content(tmp_path / "models")
@@ -210,10 +210,10 @@ def test_an_unchanged_repository_of_ours_is_replaced(shipped: Bundle, tmp_path: 
     ],
 )
 def test_what_someone_changed_is_not_replaced(
-    shipped: Bundle, tmp_path: Path, file: str, text: bytes | None, message: str
+    pair: Bundle, tmp_path: Path, file: str, text: bytes | None, message: str
 ) -> None:
     folder = tmp_path / "models"
-    triton_repository.write(shipped, folder)
+    triton_repository.write(pair, folder)
     if text is None:
         (folder / file).unlink()
     else:
@@ -222,38 +222,38 @@ def test_what_someone_changed_is_not_replaced(
     before = content(folder)
 
     with pytest.raises(RepositoryError, match=message):
-        triton_repository.write(shipped, folder)
+        triton_repository.write(pair, folder)
     assert content(folder) == before
 
 
-def test_other_things_are_not_replaced(shipped: Bundle, tmp_path: Path) -> None:
+def test_other_things_are_not_replaced(pair: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine.txt").write_text("mine")
 
     with pytest.raises(RepositoryError, match="is a file; name a new folder"):
-        triton_repository.write(shipped, tmp_path / "file")
+        triton_repository.write(pair, tmp_path / "file")
     with pytest.raises(RepositoryError, match="is not ours"):
-        triton_repository.write(shipped, tmp_path / "folder")
+        triton_repository.write(pair, tmp_path / "folder")
     assert content(tmp_path) == {"file": b"mine", "folder/mine.txt": b"mine"}
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_full_disk_leaves_what_was_there_and_nothing_else(shipped: Bundle, tmp_path: Path, existing: bool) -> None:
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(pair: Bundle, tmp_path: Path, existing: bool) -> None:
     if existing:
-        triton_repository.write(shipped, tmp_path / "models")
+        triton_repository.write(pair, tmp_path / "models")
     before = content(tmp_path)
 
     with disk_full_beyond(100_000), pytest.raises(OSError, match=r"model\.onnx"):
-        triton_repository.write(shipped, tmp_path / "models")
+        triton_repository.write(pair, tmp_path / "models")
     assert content(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["models"] * existing
 
 
 def test_a_repository_that_can_t_be_moved_into_place_leaves_the_old_one(
-    shipped: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    triton_repository.write(shipped, tmp_path / "models")
+    triton_repository.write(pair, tmp_path / "models")
     before, rename = content(tmp_path), Path.rename
 
     def rename_unless_new(path: Path, target: Path) -> Path:
@@ -264,14 +264,14 @@ def test_a_repository_that_can_t_be_moved_into_place_leaves_the_old_one(
     monkeypatch.setattr(Path, "rename", rename_unless_new)
 
     with pytest.raises(OSError, match="busy"):
-        triton_repository.write(shipped, tmp_path / "models")
+        triton_repository.write(pair, tmp_path / "models")
     assert content(tmp_path) == before
 
 
-def test_a_damaged_bundle_makes_no_repository(shipped: Bundle, tmp_path: Path) -> None:
-    first = shipped.manifest.members[0].model_copy(update={"sha256": "0" * 64})
-    members = (first, *shipped.manifest.members[1:])
-    bundle = Bundle(shipped.path, shipped.manifest.model_copy(update={"members": members}))
+def test_a_damaged_bundle_makes_no_repository(pair: Bundle, tmp_path: Path) -> None:
+    first = pair.manifest.members[0].model_copy(update={"sha256": "0" * 64})
+    members = (first, *pair.manifest.members[1:])
+    bundle = Bundle(pair.path, pair.manifest.model_copy(update={"members": members}))
 
     with pytest.raises(BundleDamaged, match="is not the file that"):
         triton_repository.write(bundle, tmp_path / "models")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import images
 from resnet_ensemble.server.app import create_app
@@ -168,7 +169,7 @@ def test_a_dead_engine_is_opened_anew_and_readiness_tells(png: Png) -> None:
         assert 'resnet_engine_restarts_total{member="resnet20"} 1.0' in client.get("/metrics").text
 
 
-def test_an_engine_that_can_not_be_opened_anew_closes_the_door(png: Png) -> None:
+def test_an_engine_that_can_not_be_opened_anew_closes_the_door(pair: Bundle, png: Png) -> None:
     engines: list[FakeEngine] = []
 
     def open_with(*_: object) -> FakeEngine:
@@ -177,7 +178,7 @@ def test_an_engine_that_can_not_be_opened_anew_closes_the_door(png: Png) -> None
         engines.append(FakeEngine(10))
         return engines[-1]
 
-    service = Service(Settings(), open_with=open_with)
+    service = Service(Settings(bundle=pair.path), open_with=open_with)
     with TestClient(create_app(service)) as client:
         wait_until_ready(client)
         engines[1].kill()

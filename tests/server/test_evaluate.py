@@ -18,25 +18,25 @@ from resnet_ensemble.training import cifar
 Png = Callable[..., bytes]
 
 
-def score(examples: list[tuple[bytes, int]]) -> evaluate.Score:
-    classifier = load(Settings(), Metrics(), lambda *_: FakeEngine(10))
+def score(pair: Bundle, examples: list[tuple[bytes, int]]) -> evaluate.Score:
+    classifier = load(Settings(bundle=pair.path), Metrics(), lambda *_: FakeEngine(10))
     try:
         return asyncio.run(evaluate.evaluate(classifier, examples, "flip"))[0]
     finally:
         classifier.close()
 
 
-def test_errors_of_ensemble_and_members_are_counted(png: Png, shipped: Bundle) -> None:
-    result = score([(png(0), 0), (png(255), 9), (png(255), 3), (png(0), 0)])
+def test_errors_of_ensemble_and_members_are_counted(png: Png, pair: Bundle) -> None:
+    result = score(pair, [(png(0), 0), (png(255), 9), (png(255), 3), (png(0), 0)])
 
     assert (result.protocol, result.stop, result.images, result.ensemble) == ("flip", "full", 4, 25.0)
     assert (result.views_used, result.views_planned, result.cost, result.agreement) == (4, 4, 1.0, None)
-    assert result.members == {member.name: 25.0 for member in shipped.manifest.members}
+    assert result.members == {member.name: 25.0 for member in pair.manifest.members}
     assert result.images_per_second > 0
 
 
-def test_every_protocol_is_evaluated_with_every_stop_rule_and_compared_with_all_views(png: Png) -> None:
-    classifier = load(Settings(), Metrics(), lambda *_: FakeEngine(10))
+def test_every_protocol_is_evaluated_with_every_stop_rule_and_compared_with_all_views(png: Png, pair: Bundle) -> None:
+    classifier = load(Settings(bundle=pair.path), Metrics(), lambda *_: FakeEngine(10))
     try:
         examples = [(png(0), 0), (png(255), 3), (png(142), 5)]
         scores = asyncio.run(evaluate.evaluate_all(classifier, examples, ["center", "10crop"], ["exact", "full"]))
@@ -61,17 +61,17 @@ def test_a_part_of_the_images_has_all_labels() -> None:
     assert evaluate.spread(examples, None) == evaluate.spread(examples, 100) == examples
 
 
-def test_an_image_that_can_t_be_classified_stops_the_evaluation() -> None:
+def test_an_image_that_can_t_be_classified_stops_the_evaluation(pair: Bundle) -> None:
     with pytest.raises(ApiError, match="unsupported_image_format"):
-        score([(b"junk", 0)])
+        score(pair, [(b"junk", 0)])
 
 
-def test_a_folder_for_each_label_is_read(tmp_path: Path, png: Png, shipped: Bundle) -> None:
+def test_a_folder_for_each_label_is_read(tmp_path: Path, png: Png, pair: Bundle) -> None:
     for label in ("cat", "ship"):
         (tmp_path / label).mkdir()
         (tmp_path / label / "1.png").write_bytes(png(3))
 
-    name, examples = evaluate.read(tmp_path, "val", shipped.manifest.labels)
+    name, examples = evaluate.read(tmp_path, "val", pair.manifest.labels)
 
     assert name == tmp_path.name
     assert [label for _, label in examples] == [3, 8]
@@ -94,8 +94,8 @@ def test_data_of_other_labels_is_refused(tmp_path: Path) -> None:
         evaluate.read(tmp_path, "val", ("left", "right"))
 
 
-def test_a_recorded_result_replaces_an_older_one(shipped: Bundle, tmp_path: Path) -> None:
-    bundle = Bundle.open(Path(shutil.copytree(shipped.path, tmp_path / "b")))
+def test_a_recorded_result_replaces_an_older_one(pair: Bundle, tmp_path: Path) -> None:
+    bundle = Bundle.open(Path(shutil.copytree(pair.path, tmp_path / "b")))
 
     names = [member.name for member in bundle.manifest.members]
 

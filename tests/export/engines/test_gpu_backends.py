@@ -31,8 +31,8 @@ NO_GPU = Cudart(error=35)
 
 
 @pytest.fixture
-def bundle(shipped: Bundle, tmp_path: Path) -> Bundle:
-    return Bundle.open(Path(shutil.copytree(shipped.path, tmp_path / "cifar10")))
+def bundle(pair: Bundle, tmp_path: Path) -> Bundle:
+    return Bundle.open(Path(shutil.copytree(pair.path, tmp_path / "cifar10")))
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def built(module: Any, graph: bytes, profiles: Any, *, timings: Any) -> Plan:
 
 
 @pytest.mark.parametrize("name", engines.ON["cuda"])
-def test_without_a_gpu_nothing_is_claimed_and_the_reason_is_said(name: str, no_gpu: None, shipped: Bundle) -> None:
-    member = shipped.manifest.members[0]
+def test_without_a_gpu_nothing_is_claimed_and_the_reason_is_said(name: str, no_gpu: None, pair: Bundle) -> None:
+    member = pair.manifest.members[0]
     backend = engines.backend(name)
 
     assert name not in {found for found, _ in engines.available()}
@@ -75,15 +75,15 @@ def test_without_a_gpu_nothing_is_claimed_and_the_reason_is_said(name: str, no_g
         backend.precisions,
         lambda: backend.identity(member.preprocessing),
         lambda: backend.load(b"", "fp32"),
-        lambda: engine_store.open_engine(shipped, member, name),
+        lambda: engine_store.open_engine(pair, member, name),
     ):
         with pytest.raises(BackendUnavailable, match=r"driver, r580|cudaErrorInsufficientDriver"):
             use()
 
 
-def test_asking_for_a_gpu_that_is_not_there_says_what_each_backend_lacks(no_gpu: None, shipped: Bundle) -> None:
+def test_asking_for_a_gpu_that_is_not_there_says_what_each_backend_lacks(no_gpu: None, pair: Bundle) -> None:
     with pytest.raises(BackendUnavailable, match=r"nothing runs on cuda here\. onnxruntime-cuda: .* tensorrt: "):
-        build_all(shipped, device="cuda")
+        build_all(pair, device="cuda")
     assert {name for name, _ in engines.available("cpu")} == {"onnxruntime", "openvino"}
 
 
@@ -221,9 +221,9 @@ SESSION = onnxruntime.InferenceSession
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused(
-    cudart: Cudart, shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+    cudart: Cudart, pair: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph = shipped.read(shipped.manifest.members[0])
+    graph = pair.read(pair.manifest.members[0])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session("CPUExecutionProvider"))
 
     with pytest.raises(EngineLoadError, match="instead of CUDAExecutionProvider on Fake GPU"):
@@ -231,21 +231,21 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
-def test_the_real_onnx_runtime_of_cpus_is_refused_at_its_first_session(cudart: Cudart, shipped: Bundle) -> None:
+def test_the_real_onnx_runtime_of_cpus_is_refused_at_its_first_session(cudart: Cudart, pair: Bundle) -> None:
     with pytest.raises(EngineLoadError, match="ONNX Runtime"):
-        onnx_runtime_cuda.load(shipped.read(shipped.manifest.members[0]), "fp32")
+        onnx_runtime_cuda.load(pair.read(pair.manifest.members[0]), "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_session_on_the_gpu_answers(
-    cudart: Cudart, shipped: Bundle, monkeypatch: pytest.MonkeyPatch, precision: engines.Precision
+    cudart: Cudart, pair: Bundle, monkeypatch: pytest.MonkeyPatch, precision: engines.Precision
 ) -> None:
-    member = shipped.manifest.members[0]
+    member = pair.manifest.members[0]
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session("CUDAExecutionProvider"))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     assert precision in onnx_runtime_cuda.precisions()
 
-    compiled = onnx_runtime_cuda.compile(shipped.read(member), precision, member.preprocessing)
+    compiled = onnx_runtime_cuda.compile(pair.read(member), precision, member.preprocessing)
     engine = onnx_runtime_cuda.load(compiled, precision)
 
     answers = engine.run(np.zeros((2, 32, 32, 3), np.uint8))
