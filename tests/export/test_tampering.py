@@ -24,6 +24,7 @@ from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.server.classifier import open_engine
 from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.training.model import cifar
+from resnet_ensemble.training.views import Preprocessing
 from tests.server.test_process import process
 
 ONE = ("--only", "resnet20")
@@ -249,9 +250,9 @@ def test_engines_of_another_host_or_version_are_not_served_and_are_built_again(
     implementation, compiled = engines.backend(engines.DEFAULT), []
     original = implementation.compile
 
-    def compile_and_note(graph: bytes, precision: engines.Precision) -> bytes:
+    def compile_and_note(graph: bytes, precision: engines.Precision, seen: Preprocessing) -> bytes:
         compiled.append(precision)
-        return original(graph, precision)
+        return original(graph, precision, seen)
 
     monkeypatch.setattr(implementation, "compile", compile_and_note)
 
