@@ -14,14 +14,14 @@ Every file is named in the manifest with its SHA-256 and checked before it is us
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resnet_ensemble.training.files import write_atomically
-from resnet_ensemble.training.views import PROTOCOLS, Preprocessing
+from resnet_ensemble.training.views import ALL_PROTOCOLS, PROTOCOLS, Preprocessing
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -46,14 +46,18 @@ def _inside(name: str) -> str:
     return name
 
 
-def _protocol(name: str) -> str:
-    if name not in PROTOCOLS:
-        raise ValueError(f"no protocol named {name!r}; there are {', '.join(PROTOCOLS)}")
-    return name
+def _one_of(known: Iterable[str]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"no protocol named {name!r}; there are {', '.join(known)}")
+        return name
+
+    return check
 
 
 RelativePath = Annotated[str, AfterValidator(_inside)]
-Protocol = Annotated[str, AfterValidator(_protocol)]
+Protocol = Annotated[str, AfterValidator(_one_of(ALL_PROTOCOLS))]
+CropProtocol = Annotated[str, AfterValidator(_one_of(PROTOCOLS))]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -111,7 +115,7 @@ class Manifest(_Part):
     protocol: Protocol
     labels: tuple[str, ...] = Field(min_length=2)
     members: tuple[Member, ...] = Field(min_length=1)
-    golden_protocol: Protocol
+    golden_protocol: CropProtocol
     golden_tolerance: float = Field(gt=0, le=0.1)
     golden: tuple[Golden, ...] = Field(min_length=1)
     measured: tuple[Measured, ...]

@@ -2,11 +2,12 @@
 
 import asyncio
 import importlib.metadata
+import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
@@ -27,8 +28,9 @@ from resnet_ensemble.server.schemas import (
     Status,
 )
 from resnet_ensemble.server.service import Service
+from resnet_ensemble.server.stopping import RULES
 from resnet_ensemble.server.uploads import Upload
-from resnet_ensemble.training.views import PROTOCOLS
+from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is for the metrics
 _HTTP_CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed"}
@@ -49,7 +51,9 @@ _PREDICT_BODY = {
                     "properties": {
                         "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
                         "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
-                        "protocol": {"type": "string", "enum": list(PROTOCOLS)},
+                        "protocol": {"type": "string", "enum": list(ALL_PROTOCOLS)},
+                        "stop": {"type": "string", "enum": list(RULES)},
+                        "abstain_below": {"type": "number", "minimum": 0, "maximum": 1},
                     },
                     "additionalProperties": False,
                 },
@@ -105,25 +109,43 @@ def create_app(service: Service) -> FastAPI:
     openapi_extra=_PREDICT_BODY,
     responses=_problems(*(code for code in KINDS if code not in ("not_found", "method_not_allowed"))),
 )
-async def predict(request: Request, response: Response, options: Annotated[Options, Query()]) -> Prediction | Results:
+async def predict(
+    request: Request,
+    response: Response,
+    options: Annotated[Options, Query()],
+    seconds: Annotated[
+        float | None,
+        Header(
+            alias="X-Request-Timeout",
+            gt=0,
+            le=3600,
+            allow_inf_nan=False,
+            description="Seconds after which an answer is of no use: what is not done then is 504",
+        ),
+    ] = None,
+) -> Prediction | Results:
     """One image is answered with its prediction; several with `results` in their order, each failing alone.
 
-    Send a form with one or more `image` files, or the bytes of one image as the body. `top_k` and `protocol` are
-    query parameters or form fields; the query's value counts when an option is given in both.
+    Send a form with one or more `image` files, or the bytes of one image as the body. Options are query parameters or
+    form fields; the query's value counts when an option is given in both.
     """
     service = _service(request)
+    settings = service.settings
+    deadline = time.monotonic() + (settings.timeout_seconds if seconds is None else seconds)
+    service.check_able()
     classifier = service.classifier
-    classifier.check_admission()
-    try:
-        async with asyncio.timeout(service.settings.upload_seconds):
-            upload = await uploads.read(request, service.settings)
-    except TimeoutError:
-        seconds = service.settings.upload_seconds
-        raise ApiError("slow_upload", f"the request's body did not arrive within {seconds:g} s") from None
-    options = _with_fields(options, upload.fields)
-    client = request.client.host if request.client else "unknown"
-    with service.quota.hold(client, len(upload.images)), service.metrics.hold_in_flight(len(upload.images)):
-        answers = await _unless_disconnected(request, classifier.classify(upload.images, options))
+    classifier.check_admission(deadline)
+    with service.memory.hold(_body_size(request, settings.max_request_bytes)):
+        try:
+            async with asyncio.timeout(settings.upload_seconds):
+                upload = await uploads.read(request, settings)
+        except TimeoutError:
+            allowed = settings.upload_seconds
+            raise ApiError("slow_upload", f"the request's body did not arrive within {allowed:g} s") from None
+        options = _with_fields(options, upload.fields)
+        client = request.client.host if request.client else "unknown"
+        with service.quota.hold(client, len(upload.images)), service.metrics.hold_in_flight(len(upload.images)):
+            answers = await _unless_disconnected(request, classifier.classify(upload.images, options, deadline))
     response.headers["X-Bundle"] = classifier.bundle.identity
     if len(answers) > 1:
         return _results(request, answers, upload)
@@ -144,7 +166,7 @@ async def livez() -> Status:
 @router.get("/readyz", summary="Can it answer?", responses=_problems("not_ready"))
 async def readyz(request: Request) -> Status:
     """Ready once every engine is warm and has given the bundle's golden probabilities."""
-    _ = _service(request).classifier
+    _service(request).check_ready()
     return Status()
 
 
@@ -162,19 +184,21 @@ async def info(request: Request) -> Info:
             preprocessing=member.preprocessing,
             measured=member.measured,
             engine=engine.info,
+            cost=cost,
         )
-        for member, engine in zip(manifest.members, classifier.engines, strict=True)
+        for member, engine, cost in zip(manifest.members, classifier.engines, classifier.costs, strict=True)
     ]
     return Info(
         bundle=classifier.bundle.identity,
         version=importlib.metadata.version("resnet-ensemble"),
         labels=manifest.labels,
-        protocol=manifest.protocol,
-        protocols={name: len(views) for name, views in PROTOCOLS.items()},
+        protocol=classifier.protocol,
+        protocols={name: sum(block_sizes(name)) for name in ALL_PROTOCOLS},
+        stop=classifier.stop,
+        stop_rules=tuple(classifier.rules),
         members=members,
         measured=manifest.measured,
         streams=settings.streams,
-        max_batch=settings.max_batch,
         limits={name: value for name, value in settings.model_dump().items() if name.startswith("max_")},
     )
 
@@ -194,6 +218,12 @@ async def root() -> RedirectResponse:
 def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
+
+
+def _body_size(request: Request, largest: int) -> int:
+    """What the body will have at most."""
+    length = request.headers.get("content-length", "")
+    return min(int(length), largest) if length.isdecimal() else largest
 
 
 def _with_fields(options: Options, fields: dict[str, str]) -> Options:
@@ -239,6 +269,7 @@ def _tell_in_headers(prediction: Prediction, response: Response) -> None:
     timings = prediction.timings_ms.model_dump()
     response.headers["Server-Timing"] = ", ".join(f"{stage};dur={value:g}" for stage, value in timings.items())
     response.headers["X-Protocol"] = prediction.protocol
+    response.headers["X-Stop-Rule"] = prediction.stop_rule
     response.headers["X-Views-Used"] = str(prediction.views_used)
     response.headers["X-Views-Planned"] = str(prediction.views_planned)
 
@@ -253,7 +284,10 @@ def _explain(errors: Any) -> str:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    _service(request).metrics.errors.labels(error.code).inc()
+    measured = _service(request).metrics
+    measured.errors.labels(error.code).inc()
+    if error.reason:
+        measured.rejected.labels(error.reason).inc()
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     body = problem(error, _request_id(request)).model_dump_json()
     return Response(body, error.kind.status, headers, CONTENT_TYPE)

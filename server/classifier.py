@@ -4,90 +4,118 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ensemble.export import engine_store, host
-from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.bundle import Bundle, Member
 from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.export.engines.fake import FakeEngine
-from resnet_ensemble.server import ensemble, images
+from resnet_ensemble.server import costs, ensemble, images, stopping
+from resnet_ensemble.server.admission import Overloaded
+from resnet_ensemble.server.costs import Cost
+from resnet_ensemble.server.decoding import Decoders
+from resnet_ensemble.server.dispatch import Job, Tally
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
-from resnet_ensemble.server.scheduler import EngineFailure, Job, Overloaded, Scheduler, Tally
+from resnet_ensemble.server.plan import Plan, cheapest_first
+from resnet_ensemble.server.scheduler import EngineFailure, Scheduler
 from resnet_ensemble.server.schemas import ClassProbability, MemberVote, Options, Prediction, Timings
 from resnet_ensemble.server.settings import Settings
-from resnet_ensemble.training.views import PROTOCOLS, Preprocessing, make_views
+from resnet_ensemble.training.views import (
+    ALL_PROTOCOLS,
+    Preprocessing,
+    block_pixels,
+    block_sizes,
+    make_blocks,
+)
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A decoded image's views, uint8 (n, h, w, 3), for each member in order."""
-
-    views: list[NDArray[np.uint8]]
-    decode_seconds: float
-    views_seconds: float
+Opener = Callable[[Bundle, Member, Settings], Engine]
+_TOP = 5  # of "top-5 error"
 
 
-def open_engines(bundle: Bundle, settings: Settings) -> list[Engine]:
-    """One checked engine a member. Raises BundleError, BackendUnavailable."""
-    members = bundle.manifest.members
+def open_engine(bundle: Bundle, member: Member, settings: Settings) -> Engine:
+    """A member's engine, checked. Raises BundleError, BackendUnavailable."""
     if settings.backend == "fake":
-        return [FakeEngine(len(bundle.manifest.labels)) for _ in members]
-    backend = None if settings.backend == "auto" else settings.backend
-    return [engine_store.open_engine(bundle, member, backend) for member in members]
+        return FakeEngine(len(bundle.manifest.labels))
+    return engine_store.open_engine(bundle, member, _backend(settings))
+
+
+@dataclass
+class _Times:
+    """Seconds that an image took before the engines."""
+
+    decode: float = 0.0
+    views: float = 0.0
 
 
 class Classifier:
     """A bundle, its engines and the scheduler, ready to answer."""
 
-    def __init__(self, bundle: Bundle, engines: Sequence[Engine], settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics, open_with: Opener = open_engine) -> None:
         self.bundle = bundle
-        self.engines = engines
         self._metrics = metrics
         self._max_pixels = settings.max_image_pixels
         self._manifest = bundle.manifest
         self._identity = bundle.identity
-        self._decoders = ThreadPoolExecutor(host.cores(), thread_name_prefix="decode")
-        names = [member.name for member in self._manifest.members]
-        batch_views = [metrics.batch_views.labels(name) for name in names]
-        batch_seconds = [metrics.batch_seconds.labels(name) for name in names]
-
-        def on_batch(member: int, views: int, seconds: float) -> None:
-            batch_views[member].observe(views)
-            batch_seconds[member].observe(seconds)
-
+        self.protocol = settings.protocol or self._manifest.protocol
+        self.stop = settings.stop
+        self.rules = stopping.RULES
+        members = self._manifest.members
+        engines = [open_with(bundle, member, settings) for member in members]
+        self.costs = [_cost(bundle, member, engine, settings) for member, engine in zip(members, engines, strict=True)]
+        self.plans = {protocol: self._plan(protocol) for protocol in ALL_PROTOCOLS}
+        sides = [member.preprocessing.crop for member in members]
+        self._decoders = Decoders(threads=host.cores(), max_bytes=settings.max_view_bytes)
         self.scheduler = Scheduler(
             engines,
             classes=len(self._manifest.labels),
             streams=settings.streams,
-            max_batch=settings.max_batch,
+            batch_pixels=[cost.batch * side**2 for cost, side in zip(self.costs, sides, strict=True)],
             max_wait=settings.max_wait_seconds,
-            on_batch=on_batch,
+            probes=[np.zeros((1, side, side, 3), np.uint8) for side in sides],
+            reopen=lambda member: open_with(bundle, members[member], settings),
+            observer=metrics.observer([member.name for member in members]),
         )
-        crops = [member.preprocessing.crop for member in self._manifest.members]
-        self.scheduler.warm_up([np.zeros((settings.max_batch, side, side, 3), np.uint8) for side in crops])
 
-    async def classify(self, contents: Sequence[bytes | ApiError], options: Options) -> list[Prediction | ApiError]:
+    @property
+    def engines(self) -> list[Engine]:
+        """Of each member, the one that is used now."""
+        return self.scheduler.engines
+
+    @property
+    def waiting_view_bytes(self) -> int:
+        """Bytes of the views of images that are decoded and not answered."""
+        return self._decoders.held
+
+    async def classify(
+        self, contents: Sequence[bytes | ApiError], options: Options, deadline: float | None = None
+    ) -> list[Prediction | ApiError]:
         """Answers for encoded images, in order; each fails alone. What is an ApiError already is passed through.
+
+        - deadline: of time.monotonic(); what is not answered then is ApiError("deadline_exceeded")
 
         Raises ApiError("overloaded") before any work when the predicted wait is above the limit.
         """
-        protocol = options.protocol or self._manifest.protocol
+        plan, rule = self.plans[options.protocol or self.protocol], self.rules[options.stop or self.stop]
         sound = [content for content in contents if not isinstance(content, ApiError)]
-        jobs = self._admit(protocol, len(sound))
+        if deadline is None:
+            deadline = time.monotonic() + _NEVER
+        try:
+            jobs = self.scheduler.admit(plan, rule, len(sound), deadline=deadline)
+        except Overloaded as error:
+            raise _refused(error) from None
         following = iter(jobs)
         try:
             return await asyncio.gather(
                 *(
                     _passed(content)
                     if isinstance(content, ApiError)
-                    else self._answer(next(following), content, protocol, options)
+                    else self._answer(next(following), content, options, deadline)
                     for content in contents
                 )
             )
@@ -95,81 +123,102 @@ class Classifier:
             for job in jobs:  # the task of a request that is cancelled early may never have reached its own release
                 self.scheduler.release(job)
 
-    def check_admission(self) -> None:
+    def check_admission(self, deadline: float) -> None:
         """Raise ApiError("overloaded") if a request that came now would be refused, before its body is read."""
-        self._admit(self._manifest.protocol, 0)
+        try:
+            self.scheduler.check(deadline)
+        except Overloaded as error:
+            raise _refused(error) from None
 
     def close(self) -> None:
         """Finish what was submitted and free the engines."""
+        self._decoders.close()
         self.scheduler.close()
-        self._decoders.shutdown()
-        for engine in self.engines:
-            engine.close()
+        down = self.scheduler.down
+        for member, engine in enumerate(self.engines):
+            if member not in down:  # a dead engine is closed already
+                engine.close()
 
-    def _admit(self, protocol: str, count: int) -> list[Job]:
-        try:
-            return self.scheduler.admit(len(PROTOCOLS[protocol]), count)
-        except Overloaded as error:
-            raise ApiError("overloaded", str(error), retry_after=error.retry_after) from None
+    def _plan(self, protocol: str) -> Plan:
+        seconds = [
+            [
+                cost.seconds * pixels / member.preprocessing.crop**2
+                for pixels in block_pixels(member.preprocessing, protocol)
+            ]
+            for member, cost in zip(self._manifest.members, self.costs, strict=True)
+        ]
+        return cheapest_first(protocol, seconds, block_sizes(protocol))
 
-    async def _answer(self, job: Job, content: bytes, protocol: str, options: Options) -> Prediction | ApiError:
+    async def _answer(self, job: Job, content: bytes, options: Options, deadline: float) -> Prediction | ApiError:
         began = time.monotonic()
+        times = _Times()
+        ticket = self._decoders.submit(job.rank, lambda: self._prepare(job, content, times))
         try:
-            loop = asyncio.get_running_loop()
-            prepared = await loop.run_in_executor(self._decoders, self._prepare, content, protocol)
-            tally = await asyncio.wrap_future(self.scheduler.submit(job, prepared.views))
+            async with asyncio.timeout(deadline - began):
+                tally = await asyncio.wrap_future(job.future)
         except ApiError as error:
             return error
+        except TimeoutError:
+            return ApiError("deadline_exceeded", "the image was not answered in the time that the request has")
         except EngineFailure:
             log.exception("engine failure")
             return ApiError("engine_failure", "a model failed on this image, even when it was run alone")
         finally:
             self.scheduler.release(job)
-        return self._prediction(tally, prepared, protocol, options, began)
+            self._decoders.free(ticket)
+        return self._prediction(job, tally, times, options, began)
 
-    def _prepare(self, content: bytes, protocol: str) -> _Prepared:
+    def _prepare(self, job: Job, content: bytes, times: _Times) -> int:
+        """Decode an image, make its views and submit them. Returns their bytes."""
         began = time.monotonic()
-        image = images.decode(content, max_pixels=self._max_pixels)
-        decoded = time.monotonic()
-        made: dict[Preprocessing, NDArray[np.uint8]] = {}
-        for member in self._manifest.members:
-            if member.preprocessing not in made:
-                made[member.preprocessing] = make_views(image, member.preprocessing, protocol)
-        views = [made[member.preprocessing] for member in self._manifest.members]
-        return _Prepared(views, decoded - began, time.monotonic() - decoded)
+        made: dict[Preprocessing, list[NDArray[np.uint8]]] = {}
+        try:
+            image = images.decode(content, max_pixels=self._max_pixels)
+            decoded = time.monotonic()
+            for member in self._manifest.members:
+                if member.preprocessing not in made:
+                    made[member.preprocessing] = make_blocks(image, member.preprocessing, job.plan.protocol)
+        except Exception as error:  # noqa: BLE001  # this thread goes on; who waits for the image is told
+            self.scheduler.fail(job, error)
+            return 0
+        times.decode, times.views = decoded - began, time.monotonic() - decoded
+        self.scheduler.submit(job, [made[member.preprocessing] for member in self._manifest.members])
+        return sum(block.nbytes for blocks in made.values() for block in blocks)
 
-    def _prediction(
-        self, tally: Tally, prepared: _Prepared, protocol: str, options: Options, began: float
-    ) -> Prediction:
+    def _prediction(self, job: Job, tally: Tally, times: _Times, options: Options, began: float) -> Prediction:
         averaging = time.monotonic()
         mean = ensemble.average(tally.sums, tally.views)
         top = [self._class(mean.ensemble, index) for index in ensemble.top(mean.ensemble, options.top_k)]
         members = [
-            MemberVote(member=member.name, **self._class(row, ensemble.top(row, 1)[0]).model_dump())
-            for member, row in zip(self._manifest.members, mean.members, strict=True)
+            MemberVote(member=member.name, views=views, **self._class(row, ensemble.top(row, 1)[0]).model_dump())
+            for member, row, views in zip(self._manifest.members, mean.members, tally.views.tolist(), strict=True)
+            if views
         ]
+        used, planned = int(tally.views.sum()), job.plan.views
+        total, weights = tally.sums.sum(axis=0), stopping.equal_weights(planned)
         now = time.monotonic()
         seconds = {
-            "decode": prepared.decode_seconds,
-            "views": prepared.views_seconds,
+            "decode": times.decode,
+            "views": times.views,
             "queue": tally.queue_seconds,
             "inference": tally.inference_seconds,
             "average": now - averaging,
             "total": now - began,
         }
-        used = int(tally.views.sum())
-        for stage, value in seconds.items():
-            self._metrics.stage_seconds.labels(stage).observe(value)
-        self._metrics.views.observe(used)
-        self._metrics.images.labels(protocol).inc()
+        self._metrics.answered(job.plan.protocol, job.rule.name, used, planned, seconds)
         return Prediction(
             **top[0].model_dump(),
             top=top,
             members=members,
-            protocol=protocol,
-            stop_rule="full",
+            protocol=job.plan.protocol,
+            stop_rule=job.rule.name,
             views_used=used,
-            views_planned=len(PROTOCOLS[protocol]) * len(self._manifest.members),
+            views_planned=planned,
+            certain=stopping.decided(total, weights, used),
+            certain_top5=stopping.decided(total, weights, used, _TOP),
+            entropy=float(ensemble.entropy(mean.ensemble)),
+            mutual_information=ensemble.mutual_information(mean),
+            abstained=top[0].probability < options.abstain_below,
             bundle=self._identity,
             timings_ms=Timings(**{stage: round(1000 * value, 3) for stage, value in seconds.items()}),
         )
@@ -180,14 +229,32 @@ class Classifier:
         )
 
 
+_NEVER = 7 * 24 * 3600.0  # seconds
+
+
 async def _passed(error: ApiError) -> ApiError:
     return error
 
 
-Opener = Callable[[Bundle, Settings], Sequence[Engine]]
+def _refused(error: Overloaded) -> ApiError:
+    return ApiError("overloaded", str(error), retry_after=error.retry_after, reason=error.reason)
 
 
-def load(settings: Settings, metrics: Metrics, open_with: Opener = open_engines) -> Classifier:
+def _backend(settings: Settings) -> str | None:
+    return None if settings.backend == "auto" else settings.backend
+
+
+def _cost(bundle: Bundle, member: Member, engine: Engine, settings: Settings) -> Cost:
+    """What a view costs. The engine is warm afterwards: first runs are slow."""
+    side = member.preprocessing.crop
+    timings = None if settings.backend == "fake" else costs.recorded(bundle, member, _backend(settings))
+    if timings is None:
+        return costs.choose(costs.measure(engine, side, settings.max_batch))
+    chosen = costs.choose(costs.up_to(settings.max_batch, timings))
+    engine.run(np.zeros((chosen.batch, side, side, 3), np.uint8))
+    return chosen
+
+
+def load(settings: Settings, metrics: Metrics, open_with: Opener = open_engine) -> Classifier:
     """Open the bundle, check every engine against its golden images, and warm up. Raises BundleError."""
-    bundle = Bundle.open(settings.bundle)
-    return Classifier(bundle, open_with(bundle, settings), settings, metrics)
+    return Classifier(Bundle.open(settings.bundle), settings, metrics, open_with)

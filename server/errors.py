@@ -38,6 +38,7 @@ KINDS = {
     "engine_failure": Kind(500, "A model failed on this image"),
     "overloaded": Kind(503, "The server is busy"),
     "not_ready": Kind(503, "The server is still starting"),
+    "deadline_exceeded": Kind(504, "The request's time is over"),
 }
 
 
@@ -47,14 +48,16 @@ class ApiError(Exception):
     - code: a key of KINDS
     - detail: what came, what is allowed, what to do
     - retry_after: seconds after which a retry makes sense
+    - reason: which limit refused the request, for the metrics
     """
 
-    def __init__(self, code: str, detail: str, *, retry_after: int | None = None) -> None:
+    def __init__(self, code: str, detail: str, *, retry_after: int | None = None, reason: str | None = None) -> None:
         super().__init__(f"{code}: {detail}")
         self.code = code
         self.kind = KINDS[code]
         self.detail = detail
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class Problem(BaseModel):

@@ -1,20 +1,24 @@
-"""Accuracy of a bundle, through the very code that serves it: encoded images in, predictions out.
+"""Accuracy and cost of a bundle, through the very code that serves it: encoded images in, predictions out.
 
-    python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA                 # every protocol
+    python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA                 # every protocol and stop rule
+    python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA --protocol 10crop --stop exact --limit 500
     python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA --record       # and write it into bundle.json
 
-DATA holds CIFAR's official files (`--split val` or `test`), or one folder of images for each label. Prints the
-top-1 error of the ensemble and of each member with its 95 % Wilson interval, and images per second.
+DATA holds CIFAR's official files (`--split val` or `test`), or one folder of images for each label. Prints, for each
+protocol and stop rule, the top-1 error of the ensemble with its 95 % Wilson interval, of how many images the label is
+the one of all views, views used, what they cost by the measured seconds of a view, and images per second. The errors of
+each member alone are those of all its views.
 """
 
 import argparse
 import asyncio
 import io
+import json
 import logging
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -27,21 +31,35 @@ from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.schemas import Options, Prediction
 from resnet_ensemble.server.settings import Settings
+from resnet_ensemble.server.stopping import RULES
 from resnet_ensemble.training import cifar
 from resnet_ensemble.training.accuracy import wilson
-from resnet_ensemble.training.views import PROTOCOLS
+from resnet_ensemble.training.views import ALL_PROTOCOLS
 
 IN_FLIGHT = 64
+FULL = "full"
 
 
 @dataclass(frozen=True)
 class Score:
-    """Top-1 errors in % under one protocol: of the ensemble and of each member alone."""
+    """One protocol and stop rule.
+
+    - ensemble: top-1 error in %
+    - members: of each member alone in %, where it was given all its views
+    - agreement: images in % with the label of all views; None where those were not evaluated
+    - views_used, views_planned: of an image, on average
+    - cost: seconds of the views used by those planned, by the measured seconds of a view
+    """
 
     protocol: str
+    stop: str
     images: int
     ensemble: float
-    members: dict[str, float]
+    members: dict[str, float] | None
+    agreement: float | None
+    views_used: float
+    views_planned: int
+    cost: float
     images_per_second: float
 
 
@@ -59,48 +77,104 @@ def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, 
     return dataset.title, [(_png(Image.fromarray(pixels)), int(label)) for pixels, label in pairs]
 
 
-async def evaluate(classifier: Classifier, examples: list[tuple[bytes, int]], protocol: str) -> Score:
-    """Classify every example. Raises ApiError for an image that can't be."""
-    options = Options.model_validate({"protocol": protocol, "top_k": 1})
-    progress = tqdm(total=len(examples), desc=protocol, unit="image", disable=None, leave=False)
-    wrong = [0] * (1 + len(classifier.engines))
+def spread(examples: list[tuple[bytes, int]], limit: int | None) -> list[tuple[bytes, int]]:
+    """At most so many examples, taken at equal distances, so that folders of all labels have their share."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return [examples[i * len(examples) // limit] for i in range(limit)]
 
-    async def run(share: Iterator[tuple[bytes, int]]) -> None:
-        for content, label in share:
+
+async def evaluate(
+    classifier: Classifier,
+    examples: list[tuple[bytes, int]],
+    protocol: str,
+    stop: str = FULL,
+    labels_of_all_views: list[int] | None = None,
+) -> tuple[Score, list[int]]:
+    """Classify every example: the score, and the indices answered. Raises ApiError for an image that can't be."""
+    options = Options.model_validate({"protocol": protocol, "stop": stop, "top_k": 1})
+    progress = tqdm(total=len(examples), desc=f"{protocol} {stop}", unit="image", disable=None, leave=False)
+    answers: dict[int, Prediction] = {}
+
+    async def run(share: Iterator[tuple[int, tuple[bytes, int]]]) -> None:
+        for place, (content, _) in share:
             (answer,) = await classifier.classify([content], options)
             if isinstance(answer, ApiError):
                 raise answer
-            _count(answer, label, wrong)
+            answers[place] = answer
             progress.update()
 
     began = time.monotonic()
-    shared = iter(examples)
+    shared = enumerate(examples)
     await asyncio.gather(*(run(shared) for _ in range(IN_FLIGHT)))
     seconds = time.monotonic() - began
     progress.close()
-    errors = [100 * count / len(examples) for count in wrong]
-    names = [member.name for member in classifier.bundle.manifest.members]
-    members = dict(zip(names, errors[1:], strict=True))
-    return Score(protocol, len(examples), errors[0], members, len(examples) / seconds)
+
+    found = [answers[place] for place in range(len(examples))]
+    labels = [label for _, label in examples]
+    indices = [answer.index for answer in found]
+    members = None
+    if stop == FULL:
+        votes = [[vote.index for vote in answer.members] for answer in found]
+        names = [member.name for member in classifier.bundle.manifest.members]
+        columns = zip(names, zip(*votes, strict=True), strict=True)
+        members = {name: _differing(list(column), labels) for name, column in columns}
+    plan = classifier.plans[protocol]
+    used = [answer.views_used for answer in found]
+    spent = sum(plan.seconds_between(0, views) for views in used)
+    score = Score(
+        protocol,
+        stop,
+        len(examples),
+        _differing(indices, labels),
+        members,
+        None if labels_of_all_views is None else 100 - _differing(indices, labels_of_all_views),
+        sum(used) / len(used),
+        plan.views,
+        spent / (len(used) * plan.seconds),
+        len(examples) / seconds,
+    )
+    return score, indices
+
+
+async def evaluate_all(
+    classifier: Classifier, examples: list[tuple[bytes, int]], protocols: list[str], stops: list[str]
+) -> list[Score]:
+    """Every protocol with every stop rule. Agreement is with `full` where that is one of them."""
+    scores = []
+    for protocol in protocols:
+        all_views = None
+        for stop in sorted(stops, key=lambda name: name != FULL):  # what the others are compared with comes first
+            score, indices = await evaluate(classifier, examples, protocol, stop, all_views)
+            all_views = indices if stop == FULL else all_views
+            scores.append(score)
+    return scores
 
 
 def table(scores: list[Score]) -> str:
     """The scores as a Markdown table."""
-    names = list(scores[0].members)
-    lines = [
-        "| protocol | " + " | ".join([*names, "ensemble (95 % interval)", "images/s"]) + " |",
-        "|---" * (len(names) + 3) + "|",
-    ]
+    names = next((list(score.members) for score in scores if score.members is not None), [])
+    columns = ["protocol", "stop", *names, "ensemble (95 % interval)", "agreement", "views", "cost", "images/s"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for score in scores:
         low, high = wilson(score.ensemble, score.images)
-        cells = [f"{score.members[name]:.2f} %" for name in names]
-        cells += [f"**{score.ensemble:.2f} %** ({low:.2f} to {high:.2f})", f"{score.images_per_second:.0f}"]
-        lines.append(f"| {score.protocol} | " + " | ".join(cells) + " |")
+        alone = ["" if score.members is None else f"{score.members[name]:.2f} %" for name in names]
+        cells = [
+            score.protocol,
+            score.stop,
+            *alone,
+            f"**{score.ensemble:.2f} %** ({low:.2f} to {high:.2f})",
+            "" if score.agreement is None else f"{score.agreement:.2f} %",
+            f"{score.views_used:.1f} of {score.views_planned}",
+            f"{score.cost:.2f}",
+            f"{score.images_per_second:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def record(bundle: Bundle, scores: list[Score], dataset: str, split: str) -> None:
-    """Write the errors into bundle.json, in place of older ones of the same data set, split and protocol."""
+    """Write the errors of all views into bundle.json; older ones of the same data, split and protocol are replaced."""
 
     def replaced(old: tuple[Measured, ...], errors: dict[str, float]) -> tuple[Measured, ...]:
         kept = tuple(m for m in old if (m.dataset, m.split) != (dataset, split) or m.protocol not in errors)
@@ -117,20 +191,20 @@ def record(bundle: Bundle, scores: list[Score], dataset: str, split: str) -> Non
         )
 
     manifest = bundle.manifest
+    full = {score.protocol: score for score in scores if score.members is not None}
     members = tuple(
         member.model_copy(
-            update={"measured": replaced(member.measured, {s.protocol: s.members[member.name] for s in scores})}
+            update={"measured": replaced(member.measured, {p: (s.members or {})[member.name] for p, s in full.items()})}
         )
         for member in manifest.members
     )
-    measured = replaced(manifest.measured, {score.protocol: score.ensemble for score in scores})
+    measured = replaced(manifest.measured, {protocol: score.ensemble for protocol, score in full.items()})
     write(bundle.path, manifest.model_copy(update={"members": members, "measured": measured}), {})
 
 
-def _count(answer: Prediction, label: int, wrong: list[int]) -> None:
-    wrong[0] += answer.index != label
-    for i, vote in enumerate(answer.members):
-        wrong[1 + i] += vote.index != label
+def _differing(found: list[int], expected: list[int]) -> float:
+    """In %."""
+    return 100 * sum(a != b for a, b in zip(found, expected, strict=True)) / len(expected)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -145,23 +219,34 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, help="the bundle's folder")
     parser.add_argument("data", type=Path, help="CIFAR's official files, or one folder of images a label")
     parser.add_argument("--split", default="val", choices=cifar.SPLITS, help="of CIFAR (default: val)")
-    parser.add_argument("--protocol", action="append", choices=list(PROTOCOLS), help="default: every protocol")
-    parser.add_argument("--record", action="store_true", help="write the result into bundle.json")
+    parser.add_argument("--protocol", action="append", choices=ALL_PROTOCOLS, help="may be repeated (default: all)")
+    parser.add_argument("--stop", action="append", choices=list(RULES), help="may be repeated (default: all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N images, at equal distances")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--record", action="store_true", help="write the errors of all views into bundle.json")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    stops = arguments.stop or list(RULES)
+    if arguments.limit is not None and arguments.limit < 1:
+        parser.error(f"--limit {arguments.limit} leaves no image")
+    if arguments.record and (arguments.limit is not None or FULL not in stops):
+        parser.error("--record is of all images and all views: without --limit, and with --stop full")
     # Nobody waits for an answer here, so nothing is refused.
     settings = Settings(bundle=arguments.bundle, max_wait_seconds=3600)
     try:
         classifier = load(settings, Metrics())
         manifest = classifier.bundle.manifest
         dataset, examples = read(arguments.data, arguments.split, manifest.labels)
-        protocols = arguments.protocol or list(PROTOCOLS)
-        scores = [asyncio.run(evaluate(classifier, examples, protocol)) for protocol in protocols]
+        examples = spread(examples, arguments.limit)
+        scores = asyncio.run(evaluate_all(classifier, examples, arguments.protocol or list(ALL_PROTOCOLS), stops))
     except (BundleError, BackendUnavailable, cifar.DataError, ApiError) as problem:
         sys.exit(f"evaluate: {problem}")
     classifier.close()
-    print(f"{classifier.bundle.identity} on {dataset} {arguments.split}, n = {len(examples)}, top-1 error\n")
-    print(table(scores))
+    if arguments.json:
+        print(json.dumps([asdict(score) for score in scores], indent=1))
+    else:
+        print(f"{classifier.bundle.identity} on {dataset} {arguments.split}, n = {len(examples)}, top-1 error\n")
+        print(table(scores))
     if arguments.record:
         record(classifier.bundle, scores, dataset, arguments.split)
 

@@ -1,4 +1,4 @@
-"""How many images one client may have in progress."""
+"""How many images one client may have in progress, and how many bytes all of them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ class Quota:
                 "quota_exceeded",
                 f"{client} has {held} images in progress and asks for {images} more; {self._limit} are allowed",
                 retry_after=1,
+                reason="quota",
             )
         self._held[client] += images
         try:
@@ -31,3 +32,28 @@ class Quota:
             self._held[client] -= images
             if not self._held[client]:
                 del self._held[client]
+
+
+class Memory:
+    """Counts bytes of request bodies; used from the event loop only. `limit`: bytes in progress."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Count a body of this size while the block runs. Raises ApiError("overloaded")."""
+        if self._held + size > self._limit:
+            raise ApiError(
+                "overloaded",
+                f"the bodies of requests in progress have {self._held} bytes, this one {size}; together {self._limit} "
+                "are allowed. A Content-Length tells the server how little it is",
+                retry_after=1,
+                reason="memory",
+            )
+        self._held += size
+        try:
+            yield
+        finally:
+            self._held -= size

@@ -1,88 +1,55 @@
-"""Batches of views from many images, run on engines by worker threads.
+"""Continuous batching of views: the threads, the clock and the engines around the decisions in dispatch.py.
 
-The unit of work is the views of one image for one member. There is a queue for each (member, view size); a free
-worker takes the queue whose head has waited longest and packs its next batch from it, across images. Nothing polls: a
-batch starts when a worker is free and work is waiting, so batches fill by themselves under load. When a batch fails,
-its images are run one by one, so that only the bad one fails.
+Nothing polls. A worker sleeps until there is something to run; a batch starts when a worker is free and views are
+waiting, so batches fill by themselves under load.
+
+When a run fails, the engine is asked for a view that it has answered before. If it does, the images are to blame, and
+are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while other
+members' work goes on. If it can't be opened, what waits for it fails, and it is tried again later.
 """
 
-import itertools
-import math
+import logging
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ensemble.export.engines import Engine
+from resnet_ensemble.server.dispatch import Batch, Dispatcher, Job, Tally
+from resnet_ensemble.server.plan import Plan
+from resnet_ensemble.server.stopping import SLACK, StopRule
 
-_SMOOTHING = 0.1  # weight of the newest batch in the running mean of seconds per view
+log = logging.getLogger(__name__)
+
+_FIRST_DELAY, _LONGEST_DELAY = 1.0, 30.0  # seconds between attempts to open an engine
 
 
 class EngineFailure(Exception):
     """A member's engine failed on this image even when it was run alone."""
 
 
-class Overloaded(Exception):
-    """The predicted wait is above the limit. `retry_after`: seconds until it is expected to be below."""
+class Observer:
+    """Told what happens, on the threads where it happens. This one ignores it."""
 
-    def __init__(self, predicted: float, limit: float) -> None:
-        super().__init__(f"the predicted wait is {predicted:.1f} s, above the limit of {limit:g} s")
-        self.retry_after = max(1, math.ceil(predicted - limit))
+    def batch(self, member: int, views: int, forming: float, seconds: float) -> None:
+        """An engine run of so many views; seconds to pack them, and of the run."""
 
+    def retried(self, images: int) -> None:
+        """So many images' views are run again."""
 
-@dataclass(frozen=True)
-class Tally:
-    """What the engines gave for one image.
-
-    - sums: float64 (members, classes), softmax vectors summed over views
-    - views: int64 (members,), how many were summed
-    - queue_seconds: from submission to the first batch; inference_seconds: from then to the last result
-    """
-
-    sums: NDArray[np.float64]
-    views: NDArray[np.int64]
-    queue_seconds: float
-    inference_seconds: float
-
-
-@dataclass(eq=False)
-class Job:
-    """One admitted image on its way through the engines."""
-
-    order: int
-    views_per_member: int
-    sums: NDArray[np.float64]
-    views: NDArray[np.int64]
-    future: "Future[Tally]" = field(default_factory=Future)
-    active: bool = True  # until it is finished, failed or released
-    submitted: float = 0.0
-    started: float = 0.0
-
-
-@dataclass(eq=False)
-class _Item:
-    """Views (n, h, w, 3) of one image that are still to be run."""
-
-    job: Job
-    views: NDArray[np.uint8]
-
-
-_Key = tuple[int, tuple[int, ...]]  # member, view size
+    def restarted(self, member: int) -> None:
+        """A member's engine was opened anew."""
 
 
 class Scheduler:
     """Runs jobs on one engine a member.
 
-    - classes: how many probabilities an engine gives
-    - streams: engine runs side by side
-    - max_batch: views in one run
-    - max_wait: predicted wait in seconds above which `admit` raises Overloaded
-    - on_batch: told (member, views, seconds) of every run
+    - classes, streams, batch_pixels, max_wait: as in Dispatcher
+    - probes: of each member, views uint8 (n, h, w, 3) that a sound engine answers
+    - reopen: opens a member's engine anew; without it, an engine that dies stays dead
     """
 
     def __init__(
@@ -91,179 +58,208 @@ class Scheduler:
         *,
         classes: int,
         streams: int,
-        max_batch: int,
+        batch_pixels: Sequence[int],
         max_wait: float,
-        on_batch: Callable[[int, int, float], None] = lambda member, views, seconds: None,
+        probes: Sequence[NDArray[np.uint8]],
+        reopen: Callable[[int], Engine],
+        observer: Observer | None = None,
     ) -> None:
-        self._engines = engines
+        self._engines = list(engines)
         self._classes = classes
-        self._streams = streams
-        self._max_batch = max_batch
-        self._max_wait = max_wait
-        self._on_batch = on_batch
-        self._orders = itertools.count()
-        self._ready = threading.Condition()
-        self._queues: dict[_Key, deque[_Item]] = {}
-        self._unfinished = [0] * len(engines)  # admitted views that have no result yet, by member
-        self._seconds_per_view = [0.0] * len(engines)
-        self._closing = False
+        self._probes = probes
+        self._open = reopen
+        self._observer = observer or Observer()
+        self._decide = Dispatcher(classes=classes, streams=streams, batch_pixels=batch_pixels, max_wait=max_wait)
+        self._changed = threading.Condition()  # guards everything below and the decisions
+        self._running: Counter[int] = Counter()  # batches on each member's engine
+        self._down: dict[int, str] = {}  # members whose engine is being opened anew, and why it has not succeeded yet
+        self._closing = threading.Event()
+        self._reopening: list[threading.Thread] = []
         self._workers = [threading.Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(streams)]
         for worker in self._workers:
             worker.start()
 
+    @property
+    def engines(self) -> list[Engine]:
+        """Of each member, the one that is used now."""
+        with self._changed:
+            return list(self._engines)
+
+    @property
+    def down(self) -> dict[int, str]:
+        """Members whose engine has died and is not back, with what went wrong when it was last opened, or ""."""
+        with self._changed:
+            return dict(self._down)
+
     def predicted_wait(self) -> float:
         """Seconds until everything admitted so far is done, from the measured cost of a view."""
-        with self._ready:
-            return self._predicted_wait()
+        with self._changed:
+            return self._decide.predicted_wait()
 
     def unfinished_views(self) -> int:
-        """Admitted views that have no result yet."""
-        with self._ready:
-            return sum(self._unfinished)
+        """Views of admitted images that have no result and have not been saved by a stop rule."""
+        with self._changed:
+            return self._decide.unfinished_views
 
-    def admit(self, views_per_member: int, images: int = 1) -> list[Job]:
-        """Reserve room for images, all or none. Raises Overloaded.
+    def waiting_views(self) -> int:
+        """Views that could be run now if an engine were free."""
+        with self._changed:
+            return self._decide.waiting_views
 
-        Only what was admitted before counts, so an idle server takes a request of any allowed size.
-        """
-        with self._ready:
-            predicted = self._predicted_wait()
-            if predicted > self._max_wait:
-                raise Overloaded(predicted, self._max_wait)
-            for member in range(len(self._engines)):
-                self._unfinished[member] += views_per_member * images
-            shape = (len(self._engines), self._classes)
-            return [
-                Job(next(self._orders), views_per_member, np.zeros(shape), np.zeros(shape[0], np.int64))
-                for _ in range(images)
-            ]
+    def check(self, deadline: float) -> None:
+        """Raise Overloaded if an image that came now, to be answered by then, would not be taken."""
+        with self._changed:
+            self._decide.check(time.monotonic(), deadline, 1, 0.0)
 
-    def submit(self, job: Job, views: Sequence[NDArray[np.uint8]]) -> "Future[Tally]":
-        """Queue an admitted image's views, uint8 (views_per_member, h, w, 3) for each member.
+    def admit(self, plan: Plan, rule: StopRule, images: int = 1, *, deadline: float) -> list[Job]:
+        """Reserve room for a request's images, all or none. Raises Overloaded. `deadline`: of time.monotonic()."""
+        with self._changed:
+            return self._decide.admit(time.monotonic(), deadline, plan, rule, images)
 
-        The future fails with EngineFailure, or is cancelled by `release`.
-        """
-        job.submitted = time.monotonic()
-        with self._ready:
-            for member, array in enumerate(views):
-                self._queues.setdefault((member, array.shape[1:]), deque()).append(_Item(job, array))
-            self._ready.notify_all()
-        return job.future
+    def submit(self, job: Job, blocks: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
+        """Queue an admitted image's views: of each member, uint8 (views, h, w, 3) a block. Its future is set later."""
+        with self._changed:
+            self._decide.submit(time.monotonic(), job, blocks)
+            self._changed.notify_all()
 
     def release(self, job: Job) -> None:
         """Forget a job: its waiting views leave the queues and its room is free. Without effect on a finished one."""
-        with self._ready:
-            if job.active:
-                self._forget(job)
-                if job.future.cancel():
-                    job.future.set_running_or_notify_cancel()  # wakes whoever waits for it
+        if not job.active:  # as most are: then the event loop does not wait for the workers' lock
+            return
+        with self._changed:
+            released = self._decide.release(job)
+        if released and job.future.cancel():
+            job.future.set_running_or_notify_cancel()  # wakes whoever waits for it
 
-    def warm_up(self, views: Sequence[NDArray[np.uint8]]) -> None:
-        """Run every engine on its array, uint8 (n, h, w, 3), twice: first runs are slow, second ones are a measure."""
-        for member, array in enumerate(views):
-            self._engines[member].run(array)
-            self._infer(member, [array])
+    def fail(self, job: Job, error: Exception) -> None:
+        """Answer a job with an error. Without effect on a finished one."""
+        with self._changed:
+            released = self._decide.release(job)
+        if released and job.future.set_running_or_notify_cancel():
+            job.future.set_exception(error)
 
     def close(self) -> None:
         """Run what is queued, then stop the workers."""
-        with self._ready:
-            self._closing = True
-            self._ready.notify_all()
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
         for worker in self._workers:
             worker.join()
-
-    def _predicted_wait(self) -> float:
-        costs = zip(self._unfinished, self._seconds_per_view, strict=True)
-        return sum(views * seconds for views, seconds in costs) / self._streams
+        for thread in list(self._reopening):
+            thread.join()
 
     def _work(self) -> None:
         while True:
-            with self._ready:
-                while not any(self._queues.values()):
-                    if self._closing:
+            with self._changed:
+                while (batch := self._decide.next(time.monotonic())) is None:
+                    if self._closing.is_set() and not self._decide.waiting_views and not self._running.total():
+                        self._changed.notify_all()
                         return
-                    self._ready.wait()
-                key, batch = self._take()
-            self._run(key[0], batch)
+                    self._changed.wait()
+                engine = self._engines[batch.member]
+                self._running[batch.member] += 1
+            self._run(batch, engine)
 
-    def _take(self) -> tuple[_Key, list[_Item]]:
-        """The next batch, from the queue whose head is the oldest image."""
-        key = min((k for k, queue in self._queues.items() if queue), key=lambda k: self._queues[k][0].job.order)
-        queue = self._queues[key]
-        waiting = sum(len(item.views) for item in queue)
-        # A lone request's views are shared out over the streams instead of leaving all but one idle.
-        room = min(self._max_batch, math.ceil(waiting / self._streams))
-        batch: list[_Item] = []
-        now = time.monotonic()
-        while queue and room:
-            item = queue[0]
-            if len(item.views) <= room:
-                queue.popleft()
-                taken = item
-            else:
-                taken = _Item(item.job, item.views[:room])
-                item.views = item.views[room:]
-            room -= len(taken.views)
-            taken.job.started = taken.job.started or now
-            batch.append(taken)
-        if not queue:
-            del self._queues[key]
-        return key, batch
-
-    def _run(self, member: int, batch: list[_Item]) -> None:
+    def _run(self, batch: Batch, engine: Engine) -> None:
+        began = formed = time.monotonic()
         try:
-            probabilities = self._infer(member, [item.views for item in batch])
+            arrays = [part.views for part in batch.parts]
+            views = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            formed = time.monotonic()
+            probabilities = engine.run(views)
+            self._check(probabilities, len(views))
         except Exception as error:  # noqa: BLE001  # the edge between us and a backend, which may raise anything
-            if len(batch) == 1:
-                self._fail(batch[0].job, error)
-            else:
-                for item in batch:
-                    self._run(member, [item])
+            self._on_failure(batch, engine, error)
             return
-        start = 0
-        for item in batch:
-            self._add(item.job, member, probabilities[start : start + len(item.views)])
-            start += len(item.views)
+        now = time.monotonic()
+        with self._changed:
+            jobs = self._decide.done(batch, probabilities, now - formed)
+            self._finished(batch)
+        for job in jobs:
+            if job.future.set_running_or_notify_cancel():
+                started = job.submitted if job.started is None else job.started
+                job.future.set_result(Tally(job.sums, job.views, started - job.submitted, now - started))
+        self._observer.batch(batch.member, len(views), formed - began, now - formed)
 
-    def _infer(self, member: int, arrays: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        views = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        began = time.monotonic()
-        probabilities = self._engines[member].run(views)
-        seconds = time.monotonic() - began
-        if probabilities.shape != (len(views), self._classes) or not np.isfinite(probabilities).all():
-            raise ValueError(f"the engine answered {probabilities.shape} or something that is not a number")
-        with self._ready:
-            latest, known = seconds / len(views), self._seconds_per_view[member]
-            self._seconds_per_view[member] = known + _SMOOTHING * (latest - known) if known else latest
-        self._on_batch(member, len(views), seconds)
-        return probabilities
+    def _finished(self, batch: Batch) -> None:
+        """Called with the lock held."""
+        self._running[batch.member] -= 1
+        self._changed.notify_all()
 
-    def _add(self, job: Job, member: int, probabilities: NDArray[np.float32]) -> None:
-        with self._ready:
-            if not job.active:  # released or failed while this batch was running
+    def _check(self, probabilities: NDArray[np.float32], views: int) -> None:
+        """Refuse what is no list of probabilities; stopping.py relies on their range."""
+        if probabilities.shape != (views, self._classes):
+            raise ValueError(f"the engine answered {probabilities.shape}, not {(views, self._classes)}")
+        if not (probabilities.min() >= -SLACK and probabilities.max() <= 1 + SLACK):  # so written, NaN is refused
+            raise ValueError("the engine answered something that is not a probability")
+
+    def _on_failure(self, batch: Batch, engine: Engine, error: Exception) -> None:
+        member = batch.member
+        with self._changed:
+            dead = self._engines[member] is not engine or member in self._down
+        dead = dead or not self._sound(member, engine)
+        with self._changed:
+            beside = self._engines[member] is not engine or member in self._down
+            if dead and not beside:
+                log.error("the engine of member %d died: %s: %s", member, type(error).__name__, error)
+                self._down[member] = ""
+                self._decide.pause(member)
+                thread = threading.Thread(target=self._reopen, args=(member,), name=f"reopen-{member}", daemon=True)
+                self._reopening.append(thread)
+                thread.start()
+            failed = self._decide.lost(batch, first=not beside) if dead else self._decide.failed(batch)
+            self._finished(batch)
+        self._observer.retried(len(batch.parts) - len(failed))
+        self._give_up(failed, error)
+
+    def _sound(self, member: int, engine: Engine) -> bool:
+        probe = self._probes[member]
+        try:
+            self._check(engine.run(probe), len(probe))
+        except Exception:
+            log.exception("the engine of member %d fails on a view that it has answered before", member)
+            return False
+        return True
+
+    def _reopen(self, member: int) -> None:
+        with self._changed:
+            while self._running[member]:
+                self._changed.wait()
+            dead = self._engines[member]
+        try:
+            dead.close()
+        except Exception:
+            log.exception("the dead engine of member %d can't be closed", member)
+        delay = _FIRST_DELAY
+        while (fresh := self._opened(member)) is None:
+            if self._closing.wait(delay):
                 return
-            job.sums[member] += probabilities.sum(axis=0, dtype=np.float64)
-            job.views[member] += len(probabilities)
-            self._unfinished[member] -= len(probabilities)
-            if job.views.min() == job.views_per_member:
-                job.active = False
-                now = time.monotonic()
-                if job.future.set_running_or_notify_cancel():
-                    job.future.set_result(Tally(job.sums, job.views, job.started - job.submitted, now - job.started))
+            delay = min(2 * delay, _LONGEST_DELAY)
+        with self._changed:
+            self._engines[member] = fresh
+            del self._down[member]
+            self._decide.resume(member)
+            self._reopening.remove(threading.current_thread())
+            self._changed.notify_all()
+        log.warning("the engine of member %d was opened anew", member)
+        self._observer.restarted(member)
 
-    def _fail(self, job: Job, error: Exception) -> None:
-        with self._ready:
-            if job.active:
-                self._forget(job)
-                if job.future.set_running_or_notify_cancel():
-                    job.future.set_exception(EngineFailure(f"{type(error).__name__}: {error}"))
+    def _opened(self, member: int) -> Engine | None:
+        """A sound engine, or None; then the images that wait for it are given up, since it may take long."""
+        try:
+            fresh = self._open(member)
+            self._check(fresh.run(self._probes[member]), len(self._probes[member]))
+        except Exception as error:
+            log.exception("the engine of member %d can't be opened anew", member)
+            with self._changed:
+                self._down[member] = f"{type(error).__name__}: {error}"
+                waiting = self._decide.give_up(member)
+                self._changed.notify_all()
+            self._give_up(waiting, error)
+            return None
+        return fresh
 
-    def _forget(self, job: Job) -> None:
-        """Take the rest of a job out of the queues and the account. Called with the lock held."""
-        job.active = False
-        for member, done in enumerate(job.views):
-            self._unfinished[member] -= job.views_per_member - int(done)
-        for key, queue in list(self._queues.items()):
-            self._queues[key] = deque(item for item in queue if item.job is not job)
-            if not self._queues[key]:
-                del self._queues[key]
+    def _give_up(self, jobs: Sequence[Job], error: Exception) -> None:
+        for job in jobs:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(EngineFailure(f"{type(error).__name__}: {error}"))

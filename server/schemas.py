@@ -1,16 +1,21 @@
 """What goes over the wire: options in, predictions out."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from resnet_ensemble.export.bundle import Measured
 from resnet_ensemble.export.engines import EngineInfo
+from resnet_ensemble.server.costs import Cost
 from resnet_ensemble.server.errors import Problem
-from resnet_ensemble.training.views import PROTOCOLS, Preprocessing
+from resnet_ensemble.server.stopping import RULES
+from resnet_ensemble.training.views import ALL_PROTOCOLS, Preprocessing
 
-ProtocolName = Literal["center", "flip", "10crop"]
-assert ProtocolName.__args__ == tuple(PROTOCOLS)  # type: ignore[attr-defined]  # the schema lists what the code can do
+ProtocolName = Literal["center", "flip", "10crop", "dense", "multiscale"]
+StopRuleName = Literal["full", "exact"]
+# The schema lists what the code can do.
+assert get_args(ProtocolName) == ALL_PROTOCOLS
+assert get_args(StopRuleName) == tuple(RULES)
 
 
 class Options(BaseModel):
@@ -20,8 +25,19 @@ class Options(BaseModel):
 
     top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes to answer, most probable first")] = 5
     protocol: Annotated[
-        ProtocolName | None, Field(description="Which views to average; the bundle's own by default")
+        ProtocolName | None, Field(description="Which views to average; the server's own by default")
     ] = None
+    stop: Annotated[
+        StopRuleName | None,
+        Field(
+            description="When to stop: after all views, or as soon as no remaining view can change the most probable "
+            "class; the server's own by default"
+        ),
+    ] = None
+    abstain_below: Annotated[
+        float,
+        Field(ge=0, le=1, allow_inf_nan=False, description="Probability below which the answer says `abstained`"),
+    ] = 0.0
 
 
 class ClassProbability(BaseModel):
@@ -33,9 +49,10 @@ class ClassProbability(BaseModel):
 
 
 class MemberVote(ClassProbability):
-    """What one member alone would answer: its most probable class, averaged over the same views."""
+    """What one member alone would answer: its most probable class, averaged over those views that it was given."""
 
     member: str
+    views: int
 
 
 class Timings(BaseModel):
@@ -50,17 +67,24 @@ class Timings(BaseModel):
 
 
 class Prediction(BaseModel):
-    """The ensemble's answer for one image: the mean of all members' softmax vectors over all views."""
+    """The ensemble's answer for one image: the mean of the softmax vectors of all members and views that were used."""
 
     label: str
     index: int
     probability: float
     top: list[ClassProbability]
-    members: list[MemberVote]
+    members: Annotated[list[MemberVote], Field(description="Of the members that were given a view, in their order")]
     protocol: ProtocolName
-    stop_rule: Literal["full"]
+    stop_rule: StopRuleName
     views_used: int
     views_planned: int
+    certain: Annotated[bool, Field(description="The label is proven to be the one of all planned views")]
+    certain_top5: Annotated[bool, Field(description="So is the set of the five most probable classes")]
+    entropy: Annotated[float, Field(description="Of the probabilities, in nats: how unsure the ensemble is")]
+    mutual_information: Annotated[
+        float, Field(description="Entropy minus the mean of the members' own, in nats: how much they disagree")
+    ]
+    abstained: Annotated[bool, Field(description="The probability is below the `abstain_below` of the request")]
     bundle: str
     timings_ms: Timings
 
@@ -89,6 +113,7 @@ class MemberDescription(BaseModel):
     preprocessing: Preprocessing
     measured: tuple[Measured, ...]
     engine: EngineInfo
+    cost: Annotated[Cost, Field(description="Seconds of a view, by which plans are ordered, and views in a full batch")]
 
 
 class Info(BaseModel):
@@ -97,12 +122,13 @@ class Info(BaseModel):
     bundle: str
     version: str
     labels: tuple[str, ...]
-    protocol: ProtocolName
+    protocol: Annotated[ProtocolName, Field(description="Where a request does not say it")]
     protocols: dict[str, int] = Field(description="Every protocol and its views a member")
+    stop: Annotated[StopRuleName, Field(description="Where a request does not say it")]
+    stop_rules: tuple[StopRuleName, ...]
     members: list[MemberDescription]
     measured: tuple[Measured, ...]
     streams: int
-    max_batch: int
     limits: dict[str, float | None]
 
 

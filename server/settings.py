@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from resnet_ensemble.export.host import cores
+from resnet_ensemble.server.schemas import ProtocolName, StopRuleName
 
 PREFIX = "RESNET_"
 CLIENT_PREFIX = "RESNET_CLIENT_"  # the SDK's own variables
@@ -29,12 +30,22 @@ class Settings(BaseSettings):
     """What runs the members: the fastest that build_engines found right, one by name, or `fake`, without weights."""
     streams: int = Field(default_factory=cores, ge=1)
     """Engine runs side by side. The default is the number of cores that this process may use."""
-    max_batch: int = Field(default=32, ge=1)
-    """Views in one engine run."""
+    max_batch: int | None = Field(default=None, ge=1)
+    """Views in one engine run. By default the fewest that have nearly the best throughput, as measured."""
+    protocol: ProtocolName | None = None
+    """Which views are averaged where a request does not say it; by default what the bundle says."""
+    stop: StopRuleName = "full"
+    """When an image is done where a request does not say it: after all views, or once its class is certain."""
+    timeout_seconds: float = Field(default=300.0, gt=0, le=3600)
+    """How long an answer may take where a request has no X-Request-Timeout; then it is 504."""
     max_wait_seconds: float = Field(default=10.0, gt=0)
     """Predicted wait in the queue above which new requests are answered with 503."""
     max_request_bytes: int = Field(default=100 * 2**20, ge=1)
     """Bytes of a request's body."""
+    max_pending_bytes: int = Field(default=2**30, ge=1)
+    """Bytes of all bodies in progress, above which new requests are answered with 503."""
+    max_view_bytes: int = Field(default=512 * 2**20, ge=1)
+    """Bytes of views that wait for engines, above which no further image is decoded."""
     max_image_bytes: int = Field(default=20 * 2**20, ge=1)
     """Bytes of one encoded image."""
     max_image_pixels: int = Field(default=50_000_000, ge=1)
@@ -54,6 +65,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"RESNET_MAX_IMAGE_BYTES ({self.max_image_bytes}) is more than a whole request may have, "
                 f"RESNET_MAX_REQUEST_BYTES ({self.max_request_bytes})"
+            )
+        if self.max_request_bytes > self.max_pending_bytes:
+            raise ValueError(
+                f"RESNET_MAX_REQUEST_BYTES ({self.max_request_bytes}) is more than all requests together may have, "
+                f"RESNET_MAX_PENDING_BYTES ({self.max_pending_bytes})"
             )
         if self.max_images_per_client is not None and self.max_images_per_request > self.max_images_per_client:
             raise ValueError(

@@ -63,7 +63,7 @@ def serve() -> Callable[..., Any]:
     def served(engine: Callable[[int], FakeEngine] = FakeEngine, **settings: Any) -> Iterator[TestClient]:
         service = Service(
             Settings(**settings),
-            open_with=lambda bundle, _: [engine(len(bundle.manifest.labels)) for _ in bundle.manifest.members],
+            open_with=lambda bundle, *_: engine(len(bundle.manifest.labels)),
         )
         with TestClient(create_app(service), raise_server_exceptions=False) as client:
             wait_until_ready(client)

@@ -31,10 +31,13 @@ class FakeEngine:
         self._classes = classes
         self._seconds_per_view = seconds_per_view
         self._fails = fails
+        self._killed = False
 
     def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities (n, classes) of views (n, h, w, 3)."""
         self.batches.append(len(views))
+        if self._killed:
+            raise RuntimeError("the fake engine was killed")
         if self._fails and any(self._fails(view) for view in views):
             raise RuntimeError("the fake engine was told to fail on this view")
         if self._seconds_per_view:
@@ -47,6 +50,10 @@ class FakeEngine:
         weights = np.exp(-distance)
         probabilities: NDArray[np.float32] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
         return probabilities
+
+    def kill(self) -> None:
+        """From now on every run raises RuntimeError, as if its device were gone: what a server must survive."""
+        self._killed = True
 
     def close(self) -> None:
         """Nothing to free."""

@@ -114,3 +114,20 @@ def test_identity_changes_with_the_weights(copy: Path, shipped: Bundle) -> None:
     edit(copy, members=members)
 
     assert Bundle.open(copy).identity != shipped.identity
+
+
+@pytest.mark.parametrize("protocol", ["center", "10crop", "dense", "multiscale"])
+def test_any_protocol_may_be_a_bundle_s_own(copy: Path, protocol: str) -> None:
+    edit(copy, protocol=protocol)
+
+    assert Bundle.open(copy).manifest.protocol == protocol
+
+
+@pytest.mark.parametrize(("name", "protocol"), [("protocol", "11crop"), ("golden_protocol", "dense")])
+def test_a_protocol_that_is_none_is_refused_and_golden_values_are_of_crops(
+    copy: Path, name: str, protocol: str
+) -> None:
+    edit(copy, **{name: protocol})
+
+    with pytest.raises(BundleInvalid, match=f"{name}: .*no protocol named '{protocol}'; there are center"):
+        Bundle.open(copy)

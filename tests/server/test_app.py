@@ -4,16 +4,19 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from resnet_ensemble.export.engines.fake import FakeEngine
+from resnet_ensemble.server import images
 from resnet_ensemble.server.app import create_app
 from resnet_ensemble.server.errors import KINDS
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import Settings
+from tests.conftest import wait_until_ready
 from tests.server.test_refusals import assert_problem
 
 Png = Callable[..., bytes]
@@ -29,9 +32,9 @@ def test_a_clients_request_id_comes_back_and_a_strange_one_does_not(client: Test
 def test_alive_but_not_ready_until_the_engines_are_checked(png: Png, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = threading.Event()
 
-    def open_with(bundle: Any, _: Settings) -> list[FakeEngine]:
+    def open_with(*_: object) -> FakeEngine:
         assert checked.wait(10)
-        return [FakeEngine(10) for _ in bundle.manifest.members]
+        return FakeEngine(10)
 
     with TestClient(create_app(Service(Settings(), open_with=open_with))) as client:
         assert client.get("/livez").json() == {"status": "ok"}
@@ -61,7 +64,10 @@ def test_info_describes_what_is_served(client: TestClient) -> None:
     body = client.get("/info").json()
 
     assert body["labels"][:2] == ["airplane", "automobile"]
-    assert body["protocols"] == {"center": 1, "flip": 2, "10crop": 10}
+    assert body["protocols"] == {"center": 1, "flip": 2, "10crop": 10, "dense": 2, "multiscale": 10}
+    assert (body["protocol"], body["stop"]) == ("10crop", "full")
+    assert body["stop_rules"] == ["full", "exact"]
+    assert body["members"][0]["cost"].keys() == {"seconds", "batch"}
     assert body["members"][0]["engine"]["backend"] == "fake"
     assert body["members"][0]["preprocessing"]["crop"] == 32
     assert body["limits"]["max_image_bytes"] == Settings().max_image_bytes
@@ -79,6 +85,16 @@ def test_metrics_count_what_happened(client: TestClient, png: Png) -> None:
     assert samples['resnet_images_total{protocol="10crop"}'] == "2.0"
     assert samples['resnet_stage_seconds_count{stage="total"}'] == "2.0"
     assert samples["resnet_image_views_count"] == "2.0"
+    assert samples["resnet_views_planned_total"] == samples["resnet_views_used_total"] == "40.0"
+    assert samples["resnet_views_saved_total"] == "0.0"
+    assert samples['resnet_stops_total{at="end",rule="full"}'] == "2.0"
+    assert samples['resnet_engine_restarts_total{member="resnet20"}'] == "0.0"
+    assert samples["resnet_retried_images_total"] == "0.0"
+    assert samples["resnet_waiting_views"] == samples["resnet_waiting_view_bytes"] == "0.0"
+    assert samples["resnet_predicted_wait_seconds"] == "0.0"
+    assert float(samples["resnet_batch_forming_seconds_count"]) >= 2
+    assert any(name.startswith('resnet_bundle_info{bundle="cifar10-') for name in samples)
+    assert any(name.startswith('resnet_engine_info{backend="fake"') for name in samples)
     assert samples["resnet_images_in_flight"] == "0.0"
     assert samples["resnet_unfinished_views"] == "0.0"
     assert samples["resnet_ready"] == "1.0"
@@ -102,3 +118,93 @@ def test_the_openapi_document_lists_every_problem_of_predict(client: TestClient)
     assert statuses | {"200"} == operation["responses"].keys()
     assert {"multipart/form-data", "image/*"} <= operation["requestBody"]["content"].keys()
     assert json.dumps(operation).count("corrupt_image") >= 1
+
+
+def test_a_dead_engine_is_opened_anew_and_readiness_tells(png: Png) -> None:
+    engines: list[FakeEngine] = []
+    go = threading.Event()
+    go.set()
+
+    def open_with(*_: object) -> FakeEngine:
+        assert go.wait(10)
+        engines.append(FakeEngine(10))
+        return engines[-1]
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    with TestClient(create_app(Service(Settings(), open_with=open_with))) as client, ThreadPoolExecutor() as pool:
+        until(lambda: client.get("/readyz").status_code == 200)
+        go.clear()
+        engines[0].kill()
+        request = pool.submit(client.post, "/predict", content=png(255), headers=RAW)
+        until(lambda: client.get("/readyz").status_code == 503)
+
+        assert "resnet20 died and is being opened anew" in assert_problem(client.get("/readyz"), "not_ready")["detail"]
+        assert "resnet_ready 0.0" in client.get("/metrics").text
+        go.set()
+        assert request.result().json()["label"] == "truck"
+        until(lambda: client.get("/readyz").status_code == 200)
+        assert 'resnet_engine_restarts_total{member="resnet20"} 1.0' in client.get("/metrics").text
+
+
+def test_an_engine_that_can_not_be_opened_anew_closes_the_door(png: Png) -> None:
+    engines: list[FakeEngine] = []
+
+    def open_with(*_: object) -> FakeEngine:
+        if len(engines) == 2:
+            raise OSError("no device")
+        engines.append(FakeEngine(10))
+        return engines[-1]
+
+    service = Service(Settings(), open_with=open_with)
+    with TestClient(create_app(service)) as client:
+        wait_until_ready(client)
+        engines[1].kill()
+
+        assert_problem(client.post("/predict", content=png(), headers=RAW), "engine_failure")
+        refused = assert_problem(client.post("/predict", content=png(), headers=RAW), "not_ready")
+        assert "resnet32 died and is being opened anew; it failed with OSError: no device" in refused["detail"]
+
+
+def test_the_event_loop_goes_on_while_decoders_and_engines_are_stuck(
+    serve: Serve, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = images.decode
+    go, decoding, running = threading.Event(), threading.Semaphore(0), threading.Event()
+
+    class Stuck(FakeEngine):
+        def run(self, views: Any) -> Any:
+            running.set()
+            assert go.wait(10)
+            return super().run(views)
+
+    def decode(content: bytes, **options: Any) -> Any:
+        image = original(content, **options)
+        if image.width > 32:
+            decoding.release()
+            assert go.wait(10)
+        return image
+
+    go.set()
+    with serve(Stuck) as client, ThreadPoolExecutor(2) as pool:
+        go.clear()
+        running.clear()
+        small = pool.submit(client.post, "/predict", content=png(), headers=RAW)
+        assert running.wait(10)
+        monkeypatch.setattr("resnet_ensemble.server.classifier.images.decode", decode)
+        large = pool.submit(client.post, "/predict", files=[("image", png(0, (40, 40)))] * 20)
+        assert decoding.acquire(timeout=10)
+
+        for path in ("/livez", "/readyz", "/info", "/metrics"):
+            assert client.get(path).status_code == 200
+        assert_problem(
+            client.post("/predict", content=b"", headers=RAW | {"X-Request-Timeout": "0.1"}), "deadline_exceeded"
+        )
+        assert not small.done()
+        assert not large.done()
+        go.set()
+        assert small.result().status_code == large.result().status_code == 200

@@ -1,11 +1,12 @@
 """What the HTTP tests can't see: cancellation at every moment leaves nothing behind."""
 
 import asyncio
+import random
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.classifier import Classifier, load
 from resnet_ensemble.server.errors import ApiError
@@ -16,8 +17,8 @@ from resnet_ensemble.server.settings import Settings
 
 @pytest.fixture
 def classifier() -> Iterator[Classifier]:
-    def slow(bundle: Bundle, _: Settings) -> list[FakeEngine]:
-        return [FakeEngine(10, seconds_per_view=0.0002) for _ in bundle.manifest.members]
+    def slow(*_: object) -> FakeEngine:
+        return FakeEngine(10, seconds_per_view=0.0002)
 
     loaded = load(Settings(), Metrics(), slow)
     yield loaded
@@ -48,3 +49,48 @@ def test_a_request_that_is_cancelled_at_any_moment_frees_its_room(
     asyncio.run(cancel_after_turns())
 
     assert classifier.scheduler.unfinished_views() == 0
+    assert classifier.waiting_view_bytes == 0
+
+
+def test_hundreds_of_clients_that_leave_at_any_moment_leave_nothing_behind(
+    classifier: Classifier, png: Callable[..., bytes]
+) -> None:
+    chance = random.Random(0)
+
+    async def leave(options: Options) -> None:
+        task = asyncio.ensure_future(classifier.classify([png(0)] * chance.randint(1, 3), options))
+        await asyncio.sleep(chance.uniform(0, 0.5))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def many() -> Prediction | ApiError:
+        stops = ("full", "exact")
+        await asyncio.gather(*(leave(Options(stop=stops[i % 2])) for i in range(256)))
+        (answer,) = await classifier.classify([png(255)], Options())
+        return answer
+
+    answer = asyncio.run(many())
+
+    assert isinstance(answer, Prediction)
+    assert answer.label == "truck"
+    assert answer.timings_ms.queue < 1000  # nothing of the others was ahead of it
+    assert classifier.scheduler.unfinished_views() == classifier.scheduler.waiting_views() == 0
+    assert classifier.scheduler.predicted_wait() == 0
+    assert classifier.waiting_view_bytes == 0
+
+
+def test_a_single_image_is_answered_before_a_large_request_that_came_first(
+    classifier: Classifier, png: Callable[..., bytes]
+) -> None:
+    async def race() -> tuple[float, float]:
+        began = time.monotonic()
+        large = asyncio.ensure_future(classifier.classify([png(0)] * 150, Options(), began + 60))
+        await asyncio.sleep(0.02)
+        await classifier.classify([png(0)], Options(), began + 60)
+        single = time.monotonic() - began
+        await large
+        return single, time.monotonic() - began
+
+    single, large = asyncio.run(race())
+
+    assert single < 0.8 * large  # behind all of it, they would be the same

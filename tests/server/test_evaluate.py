@@ -19,9 +19,9 @@ Png = Callable[..., bytes]
 
 
 def score(examples: list[tuple[bytes, int]]) -> evaluate.Score:
-    classifier = load(Settings(), Metrics(), lambda bundle, _: [FakeEngine(10) for _ in bundle.manifest.members])
+    classifier = load(Settings(), Metrics(), lambda *_: FakeEngine(10))
     try:
-        return asyncio.run(evaluate.evaluate(classifier, examples, "flip"))
+        return asyncio.run(evaluate.evaluate(classifier, examples, "flip"))[0]
     finally:
         classifier.close()
 
@@ -29,9 +29,36 @@ def score(examples: list[tuple[bytes, int]]) -> evaluate.Score:
 def test_errors_of_ensemble_and_members_are_counted(png: Png, shipped: Bundle) -> None:
     result = score([(png(0), 0), (png(255), 9), (png(255), 3), (png(0), 0)])
 
-    assert (result.protocol, result.images, result.ensemble) == ("flip", 4, 25.0)
+    assert (result.protocol, result.stop, result.images, result.ensemble) == ("flip", "full", 4, 25.0)
+    assert (result.views_used, result.views_planned, result.cost, result.agreement) == (4, 4, 1.0, None)
     assert result.members == {member.name: 25.0 for member in shipped.manifest.members}
     assert result.images_per_second > 0
+
+
+def test_every_protocol_is_evaluated_with_every_stop_rule_and_compared_with_all_views(png: Png) -> None:
+    classifier = load(Settings(), Metrics(), lambda *_: FakeEngine(10))
+    try:
+        examples = [(png(0), 0), (png(255), 3), (png(142), 5)]
+        scores = asyncio.run(evaluate.evaluate_all(classifier, examples, ["center", "10crop"], ["exact", "full"]))
+    finally:
+        classifier.close()
+
+    assert [(score.protocol, score.stop) for score in scores] == [
+        (protocol, stop) for protocol in ("center", "10crop") for stop in ("full", "exact")
+    ]
+    assert [score.agreement for score in scores] == [None, 100, None, 100]
+    assert [score.members is None for score in scores] == [False, True, False, True]
+    full, exact = scores[2:]
+    assert exact.ensemble == full.ensemble == pytest.approx(100 / 3)
+    assert exact.views_used < full.views_used == exact.views_planned == 20
+    assert exact.cost < full.cost == 1
+
+
+def test_a_part_of_the_images_has_all_labels() -> None:
+    examples = [(b"", label) for label in range(10) for _ in range(7)]
+
+    assert [label for _, label in evaluate.spread(examples, 10)] == list(range(10))
+    assert evaluate.spread(examples, None) == evaluate.spread(examples, 100) == examples
 
 
 def test_an_image_that_can_t_be_classified_stops_the_evaluation() -> None:
@@ -73,8 +100,10 @@ def test_a_recorded_result_replaces_an_older_one(shipped: Bundle, tmp_path: Path
     names = [member.name for member in bundle.manifest.members]
 
     for error in (9.0, 8.0):
-        score = evaluate.Score("flip", 7, error, dict.fromkeys(names, error + 2), 1.0)
-        evaluate.record(Bundle.open(bundle.path), [score], "D", "val")
+        members = dict.fromkeys(names, error + 2)
+        full = evaluate.Score("flip", "full", 7, error, members, None, 4.0, 4, 1.0, 1.0)
+        exact = evaluate.Score("flip", "exact", 7, 1.0, None, 100.0, 3.0, 4, 0.6, 1.0)
+        evaluate.record(Bundle.open(bundle.path), [full, exact], "D", "val")
 
     after = Bundle.open(bundle.path).manifest
     recorded = [[m for m in part.measured if m.dataset == "D"] for part in (after, *after.members)]
@@ -83,11 +112,15 @@ def test_a_recorded_result_replaces_an_older_one(shipped: Bundle, tmp_path: Path
     assert after.measured[: len(bundle.manifest.measured)] == bundle.manifest.measured
 
 
-def test_the_table_has_a_row_for_each_protocol() -> None:
-    scores = [evaluate.Score(name, 5000, 8.0, {"a": 9.0, "b": 10.0}, 123.4) for name in ("center", "10crop")]
+def test_the_table_has_a_row_for_each_protocol_and_stop_rule() -> None:
+    members = {"a": 9.0, "b": 10.0}
+    full = evaluate.Score("10crop", "full", 5000, 8.0, members, None, 20.0, 20, 1.0, 123.4)
+    exact = evaluate.Score("10crop", "exact", 5000, 8.0, None, 100.0, 11.53, 20, 0.512, 234.5)
 
-    lines = evaluate.table(scores).splitlines()
+    lines = evaluate.table([full, exact]).splitlines()
 
-    assert lines[0] == "| protocol | a | b | ensemble (95 % interval) | images/s |"
-    assert lines[2].startswith("| center | 9.00 % | 10.00 % | **8.00 %** (7.28 to 8.78) | 123 |")
+    assert lines[0] == ("| protocol | stop | a | b | ensemble (95 % interval) | agreement | views | cost | images/s |")
+    error = "**8.00 %** (7.28 to 8.78)"
+    assert lines[2] == f"| 10crop | full | 9.00 % | 10.00 % | {error} |  | 20.0 of 20 | 1.00 | 123 |"
+    assert lines[3] == f"| 10crop | exact |  |  | {error} | 100.00 % | 11.5 of 20 | 0.51 | 234 |"
     assert len(lines) == 4

@@ -1,5 +1,6 @@
 """POST /predict on fake engines, which answer by brightness: black is airplane (0), white is truck (9)."""
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,18 @@ from tests.server.test_refusals import assert_problem
 Png = Callable[..., bytes]
 Serve = Callable[..., Any]
 RAW = {"Content-Type": "image/png"}
+
+
+class Constant(FakeEngine):
+    """Sure of one class, whatever it sees; a member of its own speed, so that plans have one order."""
+
+    def __init__(self, index: int, milliseconds: float) -> None:
+        super().__init__(10, seconds_per_view=milliseconds / 1000)
+        self.index = index
+
+    def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
+        super().run(views)
+        return np.eye(10, dtype=np.float32)[[self.index] * len(views)]
 
 
 class Fails(FakeEngine):
@@ -53,7 +66,9 @@ def test_the_default_is_every_member_and_ten_views(client: TestClient, png: Png)
     assert body["views_used"] == body["views_planned"] == 10 * members
 
 
-@pytest.mark.parametrize(("protocol", "views"), [("center", 1), ("flip", 2), ("10crop", 10)])
+@pytest.mark.parametrize(
+    ("protocol", "views"), [("center", 1), ("flip", 2), ("10crop", 10), ("dense", 2), ("multiscale", 10)]
+)
 def test_the_protocol_is_chosen_per_request(client: TestClient, png: Png, protocol: str, views: int) -> None:
     query = client.post("/predict", params={"protocol": protocol}, content=png(), headers=RAW)
     form = client.post("/predict", files={"image": png()}, data={"protocol": protocol})
@@ -81,23 +96,102 @@ def test_all_probabilities_sum_to_one(client: TestClient, png: Png) -> None:
 
 
 def test_each_member_votes(serve: Serve, png: Png) -> None:
-    engines = iter([FakeEngine(10), Constant(3), *(FakeEngine(10) for _ in range(8))])
-    with serve(lambda _: next(engines)) as client:
+    with serve_constant(serve, 0, 3) as client:
         body = client.post("/predict", content=png(0), headers=RAW).json()
 
-    assert [vote["index"] for vote in body["members"][:2]] == [0, 3]
-    assert {"member", "label", "index", "probability"} == body["members"][0].keys()
+    assert [vote["index"] for vote in body["members"]] == [0, 3]
+    assert {"member", "label", "index", "probability", "views"} == body["members"][0].keys()
 
 
-class Constant(FakeEngine):
-    """Sure of one class, whatever it sees."""
+def serve_constant(serve: Serve, *indices: int, **settings: Any) -> Any:
+    """Members that always vote for these classes, each slower than the one before; opened once more for a restart."""
+    engines = itertools.cycle([Constant(index, 0.2 + 0.4 * place) for place, index in enumerate(indices)])
+    return serve(lambda _: next(engines), **settings)
 
-    def __init__(self, index: int) -> None:
-        super().__init__(10)
-        self.index = index
 
-    def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.eye(10, dtype=np.float32)[[self.index] * len(views)]
+def test_exact_stops_when_no_remaining_view_can_change_the_label(serve: Serve, png: Png) -> None:
+    with serve_constant(serve, 3, 3) as client:
+        full = client.post("/predict", content=png(), headers=RAW).json()
+        for response in (
+            client.post("/predict", params={"stop": "exact"}, content=png(), headers=RAW),
+            client.post("/predict", files={"image": png()}, data={"stop": "exact"}),
+        ):
+            body = response.json()
+
+            assert (body["stop_rule"], body["views_used"], body["views_planned"]) == ("exact", 11, 20)
+            assert (body["label"], body["certain"]) == (full["label"], True)
+            assert [vote["views"] for vote in body["members"]] == [10, 1]
+            assert response.headers["x-stop-rule"] == "exact"
+            assert response.headers["x-views-used"] == "11"
+    assert (full["stop_rule"], full["views_used"], full["certain"], full["certain_top5"]) == ("full", 20, True, True)
+
+
+def test_exact_runs_everything_where_the_members_disagree(serve: Serve, png: Png) -> None:
+    with serve_constant(serve, 3, 5, stop="exact") as client:
+        body = client.post("/predict", content=png(), headers=RAW).json()
+
+    assert (body["views_used"], body["stop_rule"]) == (20, "exact")
+    assert body["label"] == "cat"  # of equals the lower
+    assert [vote["index"] for vote in body["members"]] == [3, 5]
+    assert body["mutual_information"] == pytest.approx(np.log(2))
+    assert body["entropy"] == pytest.approx(np.log(2))
+
+
+def test_a_member_that_was_given_no_view_has_no_vote(serve: Serve, png: Png) -> None:
+    with serve_constant(serve, 3, 3) as client:
+        body = client.post("/predict", params={"stop": "exact", "protocol": "flip"}, content=png(), headers=RAW).json()
+        assert (body["views_used"], [vote["views"] for vote in body["members"]]) == (3, [2, 1])
+        # The cheap views of both members come before the expensive ones of any.
+        body = client.post("/predict", params={"stop": "exact", "protocol": "multiscale"}, content=png()).json()
+        assert body["views_used"] == 11
+        body = client.post("/predict", params={"stop": "exact", "protocol": "center"}, content=png()).json()
+        assert body["views_used"] == 2
+
+
+def test_the_top_five_are_certain_later_than_the_label(serve: Serve, png: Png) -> None:
+    with serve_constant(serve, 3, 3) as client:
+        body = client.post("/predict", params={"stop": "exact"}, content=png(), headers=RAW).json()
+
+    assert (body["certain"], body["certain_top5"]) == (True, False)
+
+
+def test_what_all_members_agree_on_has_no_mutual_information(client: TestClient, png: Png) -> None:
+    body = client.post("/predict", content=png(100), headers=RAW).json()
+
+    assert body["entropy"] > 0.5
+    assert body["mutual_information"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("below", "abstained"), [(None, False), ("0", False), ("0.3", False), ("0.99", True)])
+def test_an_unsure_answer_abstains_where_it_was_asked_to(
+    client: TestClient, png: Png, below: str | None, abstained: bool
+) -> None:
+    params = {} if below is None else {"abstain_below": below}
+
+    body = client.post("/predict", params=params, content=png(100), headers=RAW).json()
+
+    assert 0.3 < body["probability"] < 0.99
+    assert body["abstained"] is abstained
+    assert body["label"]
+
+
+def test_protocol_and_stop_rule_of_the_server_count_where_a_request_does_not_say(serve: Serve, png: Png) -> None:
+    with serve(protocol="dense", stop="exact") as client:
+        body = client.post("/predict", content=png(), headers=RAW).json()
+        other = client.post("/predict", params={"protocol": "flip", "stop": "full"}, content=png(), headers=RAW).json()
+        info = client.get("/info").json()
+
+    assert (body["protocol"], body["stop_rule"], body["views_planned"]) == ("dense", "exact", 4)
+    assert (other["protocol"], other["stop_rule"]) == ("flip", "full")
+    assert (info["protocol"], info["stop"]) == ("dense", "exact")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (90, 40), (33, 500)])
+def test_whole_views_of_any_image_are_served(client: TestClient, png: Png, size: tuple[int, int]) -> None:
+    for protocol in ("dense", "multiscale"):
+        body = client.post("/predict", params={"protocol": protocol}, content=png(255, size), headers=RAW).json()
+
+        assert body["label"] == "truck"
 
 
 def test_timings_are_in_the_body_and_in_the_headers(client: TestClient, png: Png) -> None:
@@ -142,7 +236,7 @@ def test_concurrent_requests_share_batches_and_get_their_own_answers(serve: Serv
     engines: list[FakeEngine] = []
 
     def engine(classes: int) -> FakeEngine:
-        engines.append(FakeEngine(classes, seconds_per_view=0.0005))
+        engines.append(FakeEngine(classes, seconds_per_view=0.0001))
         return engines[-1]
 
     with serve(engine, streams=1) as client, ThreadPoolExecutor(16) as pool:

@@ -1,7 +1,7 @@
 import pytest
 
 from resnet_ensemble.server.errors import ApiError
-from resnet_ensemble.server.quota import Quota
+from resnet_ensemble.server.quota import Memory, Quota
 
 
 def test_a_client_may_hold_up_to_the_limit() -> None:
@@ -31,3 +31,15 @@ def test_what_was_held_is_given_back_even_after_a_failure() -> None:
     with quota.hold("a", 1):
         pass
     assert not quota._held
+
+
+def test_bodies_in_progress_have_only_so_many_bytes_together() -> None:
+    memory = Memory(100)
+    with memory.hold(60):
+        with pytest.raises(ApiError, match="have 60 bytes, this one 50; together 100 are allowed"), memory.hold(50):
+            pass
+        with memory.hold(40):
+            pass
+
+    with memory.hold(100):
+        pass

@@ -88,7 +88,8 @@ def test_another_content_type_is_told_how_to_send_an_image(client: TestClient, p
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": "0"}, {"top_k": "1001"}, {"top_k": "many"}, {"protocol": "11crop"}, {"topk": "3"}],
+    [{"top_k": "0"}, {"top_k": "1001"}, {"top_k": "many"}, {"protocol": "11crop"}, {"topk": "3"}, {"stop": "early"}]
+    + [{"abstain_below": value} for value in ("1.1", "-0.1", "nan", "half")],
     ids=str,
 )
 def test_a_wrong_option_is_named_wherever_it_is_given(client: TestClient, png: Png, options: dict[str, str]) -> None:
@@ -177,12 +178,61 @@ def test_an_overloaded_server_says_when_to_come_back(serve: Serve, png: Png) -> 
     with serve(gate, streams=1, max_wait_seconds=0.02) as client, ThreadPoolExecutor() as pool:
         first = gate.hold(lambda: pool.submit(client.post, "/predict", files=[("image", png())] * 5))
         response = client.post("/predict", content=png(), headers=RAW)
+        rejected = client.get("/metrics").text
         gate.open.set()
 
         assert_problem(response, "overloaded")
+        assert 'resnet_rejected_total{reason="wait"} 1.0' in rejected
         assert int(response.headers["retry-after"]) >= 1
         assert first.result().status_code == 200
         assert client.post("/predict", content=png(), headers=RAW).status_code == 200
+
+
+def test_a_request_that_takes_longer_than_it_may_is_told_and_its_views_are_dropped(serve: Serve, png: Png) -> None:
+    gate = Gate()
+    with serve(gate, streams=1) as client, ThreadPoolExecutor() as pool:
+        first = gate.hold(lambda: pool.submit(client.post, "/predict", files={"image": png()}))
+        late = client.post("/predict", files=[("image", png())] * 2, headers={"X-Request-Timeout": "0.1"})
+        single = client.post("/predict", content=png(), headers=RAW | {"X-Request-Timeout": "0.1"})
+        views = client.get("/metrics").text.split("\nresnet_unfinished_views ")[1].split("\n")[0]
+        gate.open.set()
+
+        assert_problem(single, "deadline_exceeded")
+        assert [r["problem"]["code"] for r in late.json()["results"]] == ["deadline_exceeded"] * 2
+        assert float(views) <= 20  # only the first request's
+        assert first.result().status_code == 200
+
+
+def test_the_time_of_requests_that_do_not_say_it_is_a_setting(serve: Serve, png: Png) -> None:
+    gate = Gate()
+    with serve(gate, streams=1, timeout_seconds=0.1) as client:
+        gate.open.clear()
+        assert_problem(client.post("/predict", content=png(), headers=RAW), "deadline_exceeded")
+        gate.open.set()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon", "3601"])
+def test_a_time_that_is_none_is_refused(client: TestClient, png: Png, value: str) -> None:
+    response = client.post("/predict", content=png(), headers=RAW | {"X-Request-Timeout": value})
+
+    assert "X-Request-Timeout" in assert_problem(response, "invalid_option")["detail"]
+
+
+def test_bodies_that_do_not_fit_into_memory_together_are_refused_unread(serve: Serve, png: Png) -> None:
+    gate = Gate()
+    limits = {"max_image_bytes": 1000, "max_request_bytes": 1000, "max_pending_bytes": 1000}
+    with serve(gate, **limits) as client, ThreadPoolExecutor() as pool:
+        content = png().ljust(600, b"\0")
+        first = gate.hold(lambda: pool.submit(client.post, "/predict", content=content, headers=RAW))
+        response = client.post("/predict", content=content, headers=RAW)
+        unannounced = client.post("/predict", content=iter([content]), headers=RAW)
+        gate.open.set()
+
+        for refused in (response, unannounced):
+            assert "Content-Length" in assert_problem(refused, "overloaded")["detail"]
+            assert refused.headers["retry-after"] == "1"
+        assert first.result().status_code == 200
+        assert client.post("/predict", content=content, headers=RAW).status_code == 200
 
 
 def test_an_unexpected_failure_is_a_problem_without_internals(

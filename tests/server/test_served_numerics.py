@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +17,7 @@ from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.server.app import create_app
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import Settings
-from resnet_ensemble.training.views import mean_colour
+from resnet_ensemble.training.views import make_whole_views, mean_colour
 from tests.conftest import wait_until_ready
 
 RAW = {"Content-Type": "image/png"}
@@ -68,6 +70,44 @@ def test_ten_crops_are_torchvisions_through_the_onnx_reference(
     probabilities = served(client, content.getvalue(), len(shipped.manifest.labels))
 
     np.testing.assert_allclose(probabilities, np.mean(means, axis=0), atol=1e-4)
+
+
+def test_whole_views_are_answered_as_by_the_onnx_reference(client: TestClient, shipped: Bundle) -> None:
+    coarse = np.random.default_rng(6).integers(0, 256, (5, 8, 3), np.uint8)
+    image = Image.fromarray(coarse).resize((52, 40), Image.Resampling.BICUBIC)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    means = []
+    for member in shipped.manifest.members:
+        interpreter = onnx.reference.ReferenceEvaluator(onnx.load_from_string(shipped.read(member)))
+        views = make_whole_views(image, member.preprocessing, "dense")
+        answers = [interpreter.run(None, {"views": view[None]})[0][0] for view in views]
+        means.append(np.mean(answers, axis=0, dtype=np.float64))
+
+    probabilities = served(client, content.getvalue(), len(shipped.manifest.labels), protocol="dense")
+
+    np.testing.assert_allclose(probabilities, np.mean(means, axis=0), atol=1e-4)
+
+
+def test_exact_gives_the_label_of_all_views_whatever_shares_its_batches(client: TestClient, shipped: Bundle) -> None:
+    contents = [shipped.read(golden) for golden in shipped.manifest.golden] * 3
+
+    def classify(content: bytes, stop: str) -> Any:
+        return client.post("/predict", params={"stop": stop}, content=content, headers=RAW).json()
+
+    with ThreadPoolExecutor(32) as pool:
+        full = [pool.submit(classify, content, "full") for content in contents]
+        exact = [pool.submit(classify, content, "exact") for content in contents]
+        pairs = [(one.result(), other.result()) for one, other in zip(full, exact, strict=True)]
+
+    for all_views, stopped in pairs:
+        assert stopped["label"] == all_views["label"]
+        assert stopped["certain"]
+        assert sum(vote["views"] for vote in stopped["members"]) == stopped["views_used"] <= 20
+    assert min(stopped["views_used"] for _, stopped in pairs) == 11
+    # What is answered does not depend on what shares the batches.
+    used = [stopped["views_used"] for _, stopped in pairs]
+    assert used[:8] == used[8:16] == used[16:]
 
 
 def test_members_votes_are_the_members_golden_answers(client: TestClient, shipped: Bundle) -> None:

@@ -36,7 +36,15 @@ def test_the_variables_of_the_sdk_are_left_alone(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", "70000"), ("port", "http"), ("streams", "0"), ("max_wait_seconds", "0"), ("backend", "cuda")],
+    [
+        ("port", "70000"),
+        ("port", "http"),
+        ("streams", "0"),
+        ("max_wait_seconds", "0"),
+        ("backend", "cuda"),
+        ("stop", "early"),
+        ("protocol", "11crop"),
+    ],
 )
 def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"RESNET_{name.upper()}", value)
@@ -49,6 +57,7 @@ def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, valu
     ("settings", "names"),
     [
         ({"max_image_bytes": 2, "max_request_bytes": 1}, "RESNET_MAX_IMAGE_BYTES.*RESNET_MAX_REQUEST_BYTES"),
+        ({"max_pending_bytes": 10 * 2**20}, "RESNET_MAX_REQUEST_BYTES.*RESNET_MAX_PENDING_BYTES"),
         (
             {"max_images_per_request": 2, "max_images_per_client": 1},
             "RESNET_MAX_IMAGES_PER_REQUEST.*RESNET_MAX_IMAGES_PER_CLIENT",

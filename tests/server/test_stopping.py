@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -41,6 +41,7 @@ def largest(sums: np.ndarray, count: int) -> set[int]:
     return set(np.argsort(-sums, kind="stable")[:count].tolist())
 
 
+@settings(max_examples=400)
 @given(ensembles(), st.integers(1, 6))
 def test_what_is_decided_never_changes(ensemble: tuple[np.ndarray, np.ndarray], top: int) -> None:
     vectors, weights = ensemble

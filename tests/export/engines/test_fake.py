@@ -26,3 +26,11 @@ def test_it_remembers_its_batches() -> None:
     engine.run(np.zeros((3, 4, 4, 3), np.uint8))
 
     assert engine.batches == [3]
+
+
+def test_a_killed_one_answers_nothing_any_more() -> None:
+    engine = FakeEngine(10)
+    engine.kill()
+
+    with pytest.raises(RuntimeError, match="was killed"):
+        engine.run(np.zeros((1, 4, 4, 3), np.uint8))

@@ -1,0 +1,84 @@
+"""Whom to take, and who comes first. No threads, no clocks: the time is an argument.
+
+Every image has a rank, a point in time: the oldest deadline goes first. But a deadline further away than the longest
+wait that is accepted counts as that, so that impatient clients are only so much ahead of others; and the later images
+of a request are moved back, so that others have their turn in between. An image goes before everything that arrives so
+much later that its own rank is larger: nobody starves, whatever else arrives.
+"""
+
+import math
+from collections.abc import Hashable
+
+_SMOOTHING = 0.1  # weight of the newest value in a running mean
+
+
+class Overloaded(Exception):
+    """The predicted wait is above the limit.
+
+    - reason: `wait` for the server's limit, `deadline` for the request's own
+    - retry_after: seconds until the wait is expected to be below
+    """
+
+    def __init__(self, predicted: float, limit: float, reason: str) -> None:
+        allowed = "the time that the request has left" if reason == "deadline" else "the limit"
+        super().__init__(f"the predicted wait is {predicted:.1f} s, above {allowed} of {round(limit, 1):g} s")
+        self.reason = reason
+        self.retry_after = max(1, math.ceil(predicted - limit))
+
+
+def ranks(now: float, deadline: float, longest_wait: float, images: int, interval: float) -> list[float]:
+    """The ranks of a request's images, in their order.
+
+    - interval: seconds between two of its images if the requests in progress shared the engines equally
+
+    The first image competes as the only image of a request would, and each following one as if it had arrived an
+    interval later, though never later than after half of the request's time.
+    """
+    left = max(0.0, deadline - now)
+    first = now + min(left, longest_wait)
+    return [first + min(i * interval, left / 2) for i in range(images)]
+
+
+class Backlog:
+    """Seconds of expected work by rank, in steps of a second, so that a request is judged without looking at all."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, list[float]] = {}  # by whole second of rank: seconds of work, images
+
+    def enter(self, rank: float, seconds: float) -> None:
+        """Count an image."""
+        step = self._steps.setdefault(math.floor(rank), [0.0, 0])
+        step[0] += seconds
+        step[1] += 1
+
+    def change(self, rank: float, seconds: float) -> None:
+        """More or less work for an image that is counted."""
+        self._steps[math.floor(rank)][0] += seconds
+
+    def leave(self, rank: float, seconds: float) -> None:
+        """Count an image no more, nor the seconds that it was still expected to take."""
+        step = self._steps[math.floor(rank)]
+        step[0] -= seconds
+        step[1] -= 1
+        if not step[1]:  # nothing is left of rounding, either
+            del self._steps[math.floor(rank)]
+
+    def before(self, rank: float) -> float:
+        """Seconds of work that goes before what comes now with this rank."""
+        return sum(seconds for step, (seconds, _) in self._steps.items() if step <= rank)
+
+
+class Mean:
+    """Running means by key, of which the newest values count most."""
+
+    def __init__(self, first: float) -> None:
+        self._first = first
+        self._values: dict[Hashable, float] = {}
+
+    def __getitem__(self, key: Hashable) -> float:
+        return self._values.get(key, self._first)
+
+    def add(self, key: Hashable, value: float) -> None:
+        """Move the mean of a key towards a value."""
+        known = self[key]
+        self._values[key] = known + _SMOOTHING * (value - known)

@@ -1,0 +1,340 @@
+"""What to run next, when an image is done, and whom to take: the scheduler's decisions, without threads or clocks.
+
+The unit of work is a view of an image for a member. Of each image only those views are queued that its stop rule needs
+in any case (stopping.py). There is a queue for each (member, view shape); the next batch comes from the queue whose
+head has the smallest rank (admission.py), and is filled from that queue across images, by rank. Results are added up,
+the rule is asked again, and what it still needs is queued and packed anew.
+
+A failed batch is run again part by part, so that only a bad image fails. What was lost with an engine that died is run
+once more when the engine is back, also part by part: what kills it a second time fails alone.
+"""
+
+import heapq
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resnet_ensemble.server.admission import Backlog, Mean, Overloaded, ranks
+from resnet_ensemble.server.plan import Plan, Stage
+from resnet_ensemble.server.stopping import StopRule
+
+_PACE = "pace"
+# Seconds of rank within which images share a batch. Without a limit, batches fill with the views of images that came
+# last, everything is in progress at once, and old images wait for young ones: in the simulation of the tests, with a
+# backlog of 3 s, for 4 to 8 s instead of 3.
+_WINDOW = 0.5
+_NOTHING = np.zeros((0, 0, 0, 3), np.uint8)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the engines gave for one image.
+
+    - sums: float64 (members, classes), softmax vectors summed over views
+    - views: int64 (members,), how many were summed
+    - queue_seconds: from submission to the first batch; inference_seconds: from then to the last result
+    """
+
+    sums: NDArray[np.float64]
+    views: NDArray[np.int64]
+    queue_seconds: float
+    inference_seconds: float
+
+
+@dataclass(eq=False)
+class Job:
+    """One admitted image on its way through the engines. Nothing here touches its `future`, which others wait for."""
+
+    rank: float
+    order: int  # of admission
+    request: int
+    plan: Plan
+    rule: StopRule
+    expected: float  # seconds of work still to come, by what images of this kind took
+    future: "Future[Tally]" = field(default_factory=Future)
+    active: bool = True  # until it is answered, failed or released
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    views: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    blocks: Sequence[Sequence[NDArray[np.uint8]]] = ()  # of each member
+    asked: int = 0  # places of the plan that the stop rule has asked for
+    done: int = 0  # of these, how many have a result
+    spent: float = 0.0  # seconds of work, as planned
+    submitted: float = 0.0
+    started: float | None = None
+    waiting: "set[Part]" = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Part:
+    """Views (n, h, w, 3) of one image for one member that are run together. `lost`: an engine died with them."""
+
+    job: Job
+    stage: Stage
+    views: NDArray[np.uint8]
+    queue: "_Key"
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one engine run takes."""
+
+    member: int
+    parts: list[Part]
+    seconds: float  # as planned
+
+    @property
+    def views(self) -> int:
+        """In all parts."""
+        return sum(len(part.views) for part in self.parts)
+
+
+_Key = tuple[int, tuple[int, ...], int]  # member, shape of a view, 0 or a number for what must run alone
+
+
+@dataclass
+class _Queue:
+    """Parts by rank. One that left for another reason than its turn stays in the heap until it is at the top."""
+
+    heap: list[tuple[float, int, int, int, Part]] = field(default_factory=list)
+    views: int = 0
+
+    def head(self) -> tuple[float, int, int, int, Part]:
+        """The first part that is still waiting. There is one."""
+        while self.heap[0][-1] not in self.heap[0][-1].job.waiting:
+            heapq.heappop(self.heap)
+        return self.heap[0]
+
+
+class Dispatcher:
+    """The state of all images in progress.
+
+    - classes: how many probabilities an engine gives
+    - streams: engine runs side by side
+    - batch_pixels: pixels of all views in a full batch, by member
+    - max_wait: predicted wait in seconds above which `admit` raises Overloaded
+    """
+
+    def __init__(self, *, classes: int, streams: int, batch_pixels: Sequence[int], max_wait: float) -> None:
+        self._shape = (len(batch_pixels), classes)
+        self._streams = streams
+        self._batch_pixels = batch_pixels
+        self._max_wait = max_wait
+        self._numbers = itertools.count(1)
+        self._queues: dict[_Key, _Queue] = {}
+        self._paused: set[int] = set()
+        self._backlog = Backlog()
+        self._requests: Counter[int] = Counter()  # images in progress of each
+        self._unfinished = 0  # views of images in progress that may still be run
+        self._shares = Mean(1.0)  # by (protocol, rule): of the plan's seconds, how many were needed
+        self._pace = Mean(1.0)  # measured seconds of a batch for a planned one
+
+    @property
+    def unfinished_views(self) -> int:
+        """Views of admitted images that have no result and have not been saved by a stop rule."""
+        return self._unfinished
+
+    @property
+    def waiting_views(self) -> int:
+        """Views that could be run now if an engine were free."""
+        return sum(queue.views for queue in self._queues.values())
+
+    @property
+    def images(self) -> int:
+        """Admitted and not answered."""
+        return self._requests.total()
+
+    def predicted_wait(self, rank: float = math.inf) -> float:
+        """Seconds until everything that goes before this rank is done."""
+        return self._backlog.before(rank) * self._pace[_PACE] / self._streams
+
+    def check(self, now: float, deadline: float, images: int, interval: float) -> list[float]:
+        """The ranks of a request's images. Raises Overloaded if the last one would wait too long for others' images.
+
+        Only what was admitted before counts, so an idle server takes a request of any size.
+        """
+        given = ranks(now, deadline, self._max_wait, images, interval)
+        predicted = self.predicted_wait(given[-1])
+        left = max(0.0, deadline - now)
+        if predicted > min(self._max_wait, left):
+            raise Overloaded(predicted, min(self._max_wait, left), "deadline" if left < self._max_wait else "wait")
+        return given
+
+    def admit(self, now: float, deadline: float, plan: Plan, rule: StopRule, images: int) -> list[Job]:
+        """Take a request's images, all or none. Raises Overloaded."""
+        expected = plan.seconds * self._shares[plan.protocol, rule.name]
+        interval = expected * self._pace[_PACE] / self._streams * (len(self._requests) + 1)
+        given = self.check(now, deadline, images, interval) if images else []
+        request = next(self._numbers)
+        jobs = [Job(rank, next(self._numbers), request, plan, rule, expected) for rank in given]
+        for job in jobs:
+            self._backlog.enter(job.rank, job.expected)
+            self._requests[request] += 1
+            self._unfinished += plan.views
+        return jobs
+
+    def submit(self, now: float, job: Job, blocks: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
+        """Queue what an admitted image needs first. `blocks`: of each member, uint8 (views, h, w, 3) a block."""
+        if not job.active:
+            return
+        job.blocks, job.submitted = blocks, now
+        job.sums, job.views = np.zeros(self._shape), np.zeros(self._shape[0], np.int64)
+        self._ask(job)
+
+    def release(self, job: Job) -> bool:
+        """Forget an image: what waits leaves the queues, what runs is ignored. Whether it was in progress."""
+        if not job.active:
+            return False
+        job.active = False
+        for part in job.waiting:
+            self._shrink(part.queue, len(part.views))
+            part.views = _NOTHING  # its place in the heap is found empty later
+        job.waiting.clear()
+        job.blocks = ()
+        self._backlog.leave(job.rank, job.expected)
+        self._unfinished -= job.plan.views - job.done
+        self._requests[job.request] -= 1
+        if not self._requests[job.request]:
+            del self._requests[job.request]
+        return True
+
+    def next(self, now: float) -> Batch | None:
+        """The next batch, or None if nothing can be run now."""
+        heads = [(queue.head()[:3], key) for key, queue in self._queues.items() if key[0] not in self._paused]
+        if not heads:
+            return None
+        _, key = min(heads)
+        return self._take(key, now)
+
+    def done(self, batch: Batch, probabilities: NDArray[np.float32], seconds: float) -> list[Job]:
+        """Add up the answers (n, classes) of a batch, which took so many seconds; the images that are done."""
+        if batch.seconds:
+            self._pace.add(_PACE, seconds / batch.seconds)
+        finished, start = [], 0
+        for part in batch.parts:
+            stop = start + len(part.views)
+            if self._add(part, probabilities[start:stop]):
+                self._shares.add((part.job.plan.protocol, part.job.rule.name), _ratio(part.job))
+                self.release(part.job)
+                finished.append(part.job)
+            start = stop
+        return finished
+
+    def failed(self, batch: Batch) -> list[Job]:
+        """A batch failed on a sound engine: an image alone is given up and answered, others are run part by part."""
+        if len(batch.parts) == 1:
+            job = batch.parts[0].job
+            return [job] if self.release(job) else []
+        for part in batch.parts:
+            self._put(part.job, part.stage, part.views, alone=True, lost=part.lost)
+        return []
+
+    def lost(self, batch: Batch, *, first: bool) -> list[Job]:
+        """A batch was lost with its engine; what an engine died with for the second time is given up, others run again.
+
+        `first`: it was the first batch to fail on that engine. Others, that ran beside it, are not to blame.
+        """
+        given_up = []
+        for part in batch.parts:
+            if first and part.lost:
+                given_up += [part.job] if self.release(part.job) else []
+            else:
+                lost = first or part.lost
+                self._put(part.job, part.stage, part.views, alone=lost, lost=lost)
+        return given_up
+
+    def pause(self, member: int) -> None:
+        """Run nothing on a member whose engine is being replaced."""
+        self._paused.add(member)
+
+    def resume(self, member: int) -> None:
+        """The member's engine is back."""
+        self._paused.discard(member)
+
+    def give_up(self, member: int) -> list[Job]:
+        """The member's engine does not come back soon: the images that wait for it are given up."""
+        waiting = {part.job for key, queue in self._queues.items() if key[0] == member for *_, part in queue.heap}
+        return [job for job in waiting if self.release(job)]
+
+    def _ask(self, job: Job) -> bool:
+        """Queue what the stop rule needs next. False if it needs nothing: the image is done."""
+        needed = job.rule.needed(job.sums, job.views, job.plan.views)
+        for stage, start, stop in job.plan.between(job.asked, job.asked + needed):
+            self._put(job, stage, job.blocks[stage.member][stage.block][start:stop])
+        job.asked += needed
+        return needed > 0
+
+    def _put(
+        self, job: Job, stage: Stage, views: NDArray[np.uint8], *, alone: bool = False, lost: bool = False
+    ) -> None:
+        if not job.active:
+            return
+        key = (stage.member, views.shape[1:], next(self._numbers) if alone else 0)
+        part = Part(job, stage, views, key, lost)
+        queue = self._queues.setdefault(key, _Queue())
+        heapq.heappush(queue.heap, (job.rank, job.order, stage.first, next(self._numbers), part))
+        queue.views += len(views)
+        job.waiting.add(part)
+
+    def _shrink(self, key: _Key, views: int) -> None:
+        queue = self._queues[key]
+        queue.views -= views
+        if not queue.views:
+            del self._queues[key]
+
+    def _take(self, key: _Key, now: float) -> Batch:
+        queue = self._queues[key]
+        member, (height, width, _), _ = key
+        # A lone image's views are shared out over the streams instead of leaving all but one idle.
+        room = min(max(1, self._batch_pixels[member] // (height * width)), math.ceil(queue.views / self._streams))
+        parts: list[Part] = []
+        latest = queue.head()[0] + _WINDOW
+        while room and queue.views and queue.head()[0] <= latest:
+            part = queue.head()[-1]
+            count = min(room, len(part.views))
+            parts.append(Part(part.job, part.stage, part.views[:count], key, part.lost))
+            if count == len(part.views):
+                heapq.heappop(queue.heap)
+                part.job.waiting.remove(part)
+            else:
+                part.views = part.views[count:]
+            if part.job.started is None:
+                part.job.started = now
+            self._shrink(key, count)
+            room -= count
+        return Batch(member, parts, sum(part.stage.seconds * len(part.views) for part in parts))
+
+    def _add(self, part: Part, probabilities: NDArray[np.float32]) -> bool:
+        """Whether its image is done. What was released meanwhile is ignored."""
+        job, count = part.job, len(part.views)
+        if not job.active:
+            return False
+        job.sums[part.stage.member] += probabilities.sum(axis=0, dtype=np.float64)
+        job.views[part.stage.member] += count
+        job.done += count
+        self._unfinished -= count
+        seconds = part.stage.seconds * count
+        job.spent += seconds
+        self._expect(job, job.expected - seconds)
+        if job.done < job.asked:
+            return False
+        if not self._ask(job):
+            return True
+        self._expect(job, max(job.expected, job.plan.seconds_between(job.done, job.asked)))
+        return False
+
+    def _expect(self, job: Job, seconds: float) -> None:
+        """Correct how much work is still to come for an image."""
+        seconds = max(0.0, seconds)
+        self._backlog.change(job.rank, seconds - job.expected)
+        job.expected = seconds
+
+
+def _ratio(job: Job) -> float:
+    return job.spent / job.plan.seconds if job.plan.seconds else job.done / job.plan.views

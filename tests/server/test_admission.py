@@ -1,0 +1,76 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resnet_ensemble.server.admission import Backlog, Mean, ranks
+
+TIMES = st.floats(0, 1000)
+
+
+def test_the_oldest_deadline_goes_first() -> None:
+    assert ranks(0, 5, 10, 1, 1) < ranks(1, 7, 10, 1, 1) < ranks(1, 60, 10, 1, 1)
+
+
+def test_a_short_deadline_is_ahead_by_the_longest_wait_at_most() -> None:
+    patient, impatient = ranks(0, 300, 10, 1, 1), ranks(9.5, 10, 10, 1, 1)
+
+    assert patient == ranks(0, 3000, 10, 1, 1) == [10]
+    assert impatient == [10]
+
+
+def test_a_single_image_comes_in_between_those_of_a_large_request() -> None:
+    large, single = ranks(0, 300, 10, 200, 0.1), ranks(2.05, 302.05, 10, 1, 0.1)
+
+    assert sum(rank < single[0] for rank in large) == 21
+
+
+def test_a_large_request_is_not_held_back_for_more_than_half_of_its_time() -> None:
+    large = ranks(0, 20, 10, 1000, 1)
+
+    assert max(large) == 20
+    assert ranks(10.5, 30, 10, 1, 1) > large[-1:]
+
+
+@given(now=TIMES, timeout=TIMES, longest=st.floats(0.1, 100), images=st.integers(0, 50), interval=st.floats(0, 10))
+def test_ranks_keep_the_order_of_a_request(
+    now: float, timeout: float, longest: float, images: int, interval: float
+) -> None:
+    found = ranks(now, now + timeout, longest, images, interval)
+
+    assert len(found) == images
+    assert found == sorted(found)
+    assert all(now <= rank for rank in found)
+
+
+def test_work_is_counted_up_to_a_rank() -> None:
+    backlog = Backlog()
+    for rank, seconds in [(1.2, 5.0), (1.9, 1.0), (7.0, 3.0)]:
+        backlog.enter(rank, seconds)
+
+    assert [backlog.before(rank) for rank in (0.9, 1.0, 6.9, 7.0, float("inf"))] == [0, 6, 6, 9, 9]
+    backlog.change(1.2, -4.0)
+    assert backlog.before(2) == 2
+    backlog.leave(1.2, 1.0)
+    backlog.leave(1.9, 1.0)
+    assert backlog.before(5) == 0
+
+
+@given(st.lists(st.tuples(st.floats(0, 20), st.floats(0, 1e6)), max_size=30))
+def test_rounding_leaves_nothing_behind(entries: list[tuple[float, float]]) -> None:
+    backlog = Backlog()
+    for rank, seconds in entries:
+        backlog.enter(rank, seconds)
+        backlog.change(rank, 0.1)
+    for rank, seconds in entries:
+        backlog.leave(rank, seconds + 0.1)
+
+    assert backlog.before(float("inf")) == 0
+
+
+def test_a_running_mean_follows_each_key() -> None:
+    mean = Mean(1.0)
+    for _ in range(100):
+        mean.add("a", 0.5)
+
+    assert mean["a"] == pytest.approx(0.5, abs=0.01)
+    assert mean["b"] == 1.0
