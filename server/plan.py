@@ -95,12 +95,3 @@ def in_order(protocol: str, seconds: Sequence[Sequence[float]], steps: Sequence[
         else:
             stages.append(Stage(member, block, place, 1, seconds[member][block], view))
     return Plan(protocol, tuple(stages))
-
-
-def steps(plan: Plan) -> tuple[Step, ...]:
-    """Every view in the plan's order."""
-    return tuple(
-        Step(stage.member, stage.block, view)
-        for stage in plan.stages
-        for view in range(stage.start, stage.start + stage.views)
-    )
