@@ -16,7 +16,9 @@ temperature for each stop rule is fitted too, and errors are reported.
 import argparse
 import logging
 import math
+import statistics
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,14 +34,14 @@ from resnet_ensemble.export import engine_store, host
 from resnet_ensemble.export.bundle import Bundle, BundleError
 from resnet_ensemble.export.engines import BackendUnavailable, Engine
 from resnet_ensemble.export.gate import SUFFIXES
-from resnet_ensemble.server import calibration, costs, images, temperature, thresholds
+from resnet_ensemble.server import calibration, images, temperature, thresholds
 from resnet_ensemble.server.calibration import Calibration, Cost, NotCalibrated, Temperature
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.plan import Step
 from resnet_ensemble.server.settings import from_environment
-from resnet_ensemble.server.thresholds import Answers, TooFewImages
+from resnet_ensemble.server.thresholds import Answers, Stops, TooFewImages
 from resnet_ensemble.training import cifar
-from resnet_ensemble.training.views import ALL_PROTOCOLS, block_pixels, block_sizes, make_blocks
+from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes, make_blocks
 
 SEED = 0
 _IMAGES_A_RUN = 8  # 80 views of ten crops
@@ -83,26 +85,37 @@ def steps(members: int, protocol: str) -> list[Step]:
     return [Step(m, b, v) for m in range(members) for b, size in enumerate(sizes) for v in range(size)]
 
 
-def run(bundle: Bundle, engines: Sequence[Engine], pictures: Pictures, protocol: str) -> NDArray[np.float32]:
-    """Every view of every image on every member: softmax vectors (images, steps, classes)."""
+def run(
+    bundle: Bundle, engines: Sequence[Engine], pictures: Pictures, protocol: str
+) -> tuple[NDArray[np.float32], list[list[float]]]:
+    """Every view of every image on every member.
+
+    Returns softmax vectors (images, steps, classes), and seconds of one view for each member and block: the median over
+    all runs, since plans and thresholds outlive the moment in which this host was busy with something else.
+    """
     members = bundle.manifest.members
-    a_member = sum(block_sizes(protocol))
-    vectors = np.empty((pictures.count, len(members) * a_member, len(bundle.manifest.labels)), np.float32)
+    sizes = block_sizes(protocol)
+    vectors = np.empty((pictures.count, len(members) * sum(sizes), len(bundle.manifest.labels)), np.float32)
+    timed: list[list[list[float]]] = [[[] for _ in sizes] for _ in members]
 
     def run_some(start: int) -> int:
         chosen = range(start, min(start + _IMAGES_A_RUN, pictures.count))
         decoded = [pictures.decode(index) for index in chosen]
         for place, (member, engine) in enumerate(zip(members, engines, strict=True)):
-            groups: defaultdict[tuple[int, ...], list[tuple[int, int, NDArray[np.uint8]]]] = defaultdict(list)
-            for index, image in zip(chosen, decoded, strict=True):
-                step = place * a_member
-                for block in make_blocks(image, member.preprocessing, protocol):
-                    groups[block.shape[1:]].append((index, step, block))
-                    step += len(block)
-            for group in groups.values():
-                answers = engine.run(np.concatenate([block for _, _, block in group]))
-                for index, step, block in group:
-                    vectors[index, step : step + len(block)], answers = answers[: len(block)], answers[len(block) :]
+            images_blocks = [make_blocks(image, member.preprocessing, protocol) for image in decoded]
+            step = place * sum(sizes)
+            for block, size in enumerate(sizes):
+                groups: defaultdict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = defaultdict(list)
+                for index, blocks in zip(chosen, images_blocks, strict=True):
+                    groups[blocks[block].shape].append((index, blocks[block]))
+                for group in groups.values():
+                    views = np.concatenate([views for _, views in group])
+                    began = time.perf_counter()
+                    answers = engine.run(views)
+                    timed[place][block].append((time.perf_counter() - began) / len(views))
+                    indices = [index for index, _ in group]
+                    vectors[indices, step : step + size] = answers.reshape(len(group), size, -1)
+                step += size
         return len(chosen)
 
     starts = range(0, pictures.count, _IMAGES_A_RUN)
@@ -110,18 +123,7 @@ def run(bundle: Bundle, engines: Sequence[Engine], pictures: Pictures, protocol:
     with ThreadPoolExecutor(host.cores()) as streams, progress:
         for done in streams.map(run_some, starts):
             progress.update(done)
-    return vectors
-
-
-def view_seconds(bundle: Bundle, engines: Sequence[Engine], protocol: str, backend: str | None) -> list[list[float]]:
-    """Of one view, for each member and block, as the server reckons them."""
-    found = []
-    for member, engine in zip(bundle.manifest.members, engines, strict=True):
-        seen = member.preprocessing
-        timings = costs.recorded(bundle, member, backend) or costs.measure(engine, seen.crop)
-        crop = costs.choose(timings).seconds
-        found.append([crop * pixels / seen.crop**2 for pixels in block_pixels(seen, protocol)])
-    return found
+    return vectors, [[statistics.median(seconds) for seconds in blocks] for blocks in timed]
 
 
 def check_count(count: int, planned: int, disagreement: float, confidence: float) -> None:
@@ -145,54 +147,47 @@ def calibrate(
     *,
     disagreement: float,
     confidence: float,
-    backend: str | None = None,
 ) -> Calibration:
     """Run, search, certify. Raises TooFewImages before anything is run, and DataError."""
     every = steps(len(engines), protocol)
     check_count(pictures.count, len(every), disagreement, confidence)
-    seconds = view_seconds(bundle, engines, protocol, backend)
+    vectors, seconds = run(bundle, engines, pictures, protocol)
     answers = Answers(
-        run(bundle, engines, pictures, protocol),
+        vectors,
         np.array([step.member for step in every]),
         np.array([seconds[step.member][step.block] for step in every]),
     )
-    searching, certifying = thresholds.split(pictures.count, SEED)
-    found = thresholds.search(answers.of(searching), disagreement)
-    walks = thresholds.walk(answers.of(certifying), found.order, found.checkpoints)
+    to_search, to_certify = thresholds.split(pictures.count, SEED)
+    searching, certifying = answers.of(to_search), answers.of(to_certify)
+    found = thresholds.search(searching, disagreement)
+    walks = thresholds.walk(certifying, found.order, found.checkpoints)
     certificate = thresholds.certify(walks, found.thresholds, disagreement, confidence)
-    rows = {"exact": found.thresholds[0], "calibrated": found.thresholds[certificate.chosen]}
-    stops = {name: thresholds.follow(walks, row) for name, row in rows.items()}
+    exact = _Way(thresholds.cheapest_first(answers.seconds), found.checkpoints, found.thresholds[0])
+    calibrated = _Way(found.order, found.checkpoints, found.thresholds[certificate.chosen])
+    if not certificate.chosen:  # only proofs stop an image, and for them that order has no advantage
+        calibrated = exact
+    stops = {"exact": exact.stops(certifying), "calibrated": calibrated.stops(certifying)}
     errors, temperatures = None, None
     if pictures.labels is not None:
-        truth = pictures.labels[certifying]
-        errors = {
-            "full": 100 * float((walks.proven_labels != truth).mean()),
-            "calibrated": 100 * float((stops["calibrated"].labels != truth).mean()),
+        truth = pictures.labels[to_certify]
+        labels = {"full": walks.proven_labels, "calibrated": stops["calibrated"].labels}
+        errors = {name: 100 * float((given != truth).mean()) for name, given in labels.items()}
+        means = {
+            "full": vectors.mean(axis=1, dtype=np.float64),
+            "exact": exact.means(answers),
+            "calibrated": calibrated.means(answers),
         }
-        fitting = thresholds.walk(answers.of(searching), found.order, found.checkpoints)
-        views = {
-            "full": (np.full(len(searching), len(every)), np.full(len(certifying), len(every))),
-            **{name: (thresholds.follow(fitting, row).views, stops[name].views) for name, row in rows.items()},
-        }
-        temperatures = {
-            name: _temperature(
-                thresholds.means(answers.of(searching), found.order, fitted),
-                pictures.labels[searching],
-                thresholds.means(answers.of(certifying), found.order, measured),
-                truth,
-            )
-            for name, (fitted, measured) in views.items()
-        }
+        temperatures = {name: _temperature(mean, pictures.labels) for name, mean in means.items()}
     return Calibration(
         protocol=protocol,
         engines=calibration.kinds(bundle, [engine.info for engine in engines]),
-        plan=tuple(every[step] for step in found.order),
+        plan=tuple(every[step] for step in calibrated.order),
         checkpoints=found.checkpoints,
-        thresholds=tuple(None if math.isinf(value) else float(value) for value in rows["calibrated"]),
+        thresholds=tuple(None if math.isinf(value) else float(value) for value in calibrated.thresholds),
         disagreement=disagreement,
         confidence=confidence,
         images=pictures.name,
-        images_searched=len(searching),
+        images_searched=len(searching.vectors),
         images_certified=certificate.images,
         disagreements=certificate.disagreements,
         planned=len(every),
@@ -206,22 +201,31 @@ def calibrate(
     )
 
 
-def _temperature(
-    fitted: NDArray[np.float64],
-    fitted_labels: NDArray[np.int64],
-    measured: NDArray[np.float64],
-    labels: NDArray[np.int64],
-) -> Temperature:
-    value = temperature.fit(fitted, fitted_labels)
-    after = temperature.apply(measured, value)
+@dataclass(frozen=True)
+class _Way:
+    """A plan with thresholds."""
+
+    order: NDArray[np.int64]
+    checkpoints: tuple[int, ...]
+    thresholds: NDArray[np.float64]
+
+    def stops(self, answers: Answers) -> Stops:
+        return thresholds.follow(thresholds.walk(answers, self.order, self.checkpoints), self.thresholds)
+
+    def means(self, answers: Answers) -> NDArray[np.float64]:
+        return thresholds.means(answers, self.order, self.stops(answers).views)
+
+
+def _temperature(means: NDArray[np.float64], labels: NDArray[np.int64]) -> Temperature:
+    after = temperature.held_out(means, labels)
     return Temperature(
-        temperature=value,
-        images_fitted=len(fitted),
-        images_measured=len(measured),
+        temperature=temperature.fit(means, labels),
+        images=len(labels),
+        folds=temperature.FOLDS,
         bins=temperature.BINS,
-        error_before=temperature.calibration_error(measured, labels),
+        error_before=temperature.calibration_error(means, labels),
         error_after=temperature.calibration_error(after, labels),
-        loss_before=temperature.loss(measured, labels),
+        loss_before=temperature.loss(means, labels),
         loss_after=temperature.loss(after, labels),
     )
 
@@ -299,7 +303,6 @@ def main() -> None:
             protocol,
             disagreement=arguments.disagreement,
             confidence=arguments.confidence,
-            backend=backend,
         )
         for engine in engines:
             engine.close()

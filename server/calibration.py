@@ -43,15 +43,17 @@ class EngineKind(_Part):
 
 
 class Temperature(_Part):
-    """A temperature (server/temperature.py), fitted on some images and measured on others.
+    """A temperature (server/temperature.py), fitted on so many images.
+
+    What it is worth is measured out of fold: each image at the temperature that the others have.
 
     - error_before, error_after: expected calibration error over `bins` bins of equal width
     - loss_before, loss_after: mean negative logarithm of the true label's probability
     """
 
     temperature: float = Field(gt=0)
-    images_fitted: int = Field(gt=0)
-    images_measured: int = Field(gt=0)
+    images: int = Field(gt=0)
+    folds: int = Field(gt=1)
     bins: int = Field(gt=0)
     error_before: Share
     error_after: Share
@@ -77,7 +79,7 @@ class Calibration(_Part):
     - disagreements: on how many of those that certify the label was another than that of all views
     - planned: views of all members
     - seconds: of one view, by member and block, as measured
-    - costs: of `exact` and `calibrated` with this plan
+    - costs: of `calibrated`, and of `exact`, whose plan is the cheapest first
     - errors: top-1 in %, of `full` and `calibrated` on the images that certify, if their labels are known
     - temperatures: by stop rule, if labels are known
     """

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 15  # of equal width, as in Guo et al.
+FOLDS = 5
 _SMALLEST = 1e-12  # the logarithm of an impossible class is finite when a temperature is fitted
 _SHARPEST, _SOFTEST = 0.05, 20.0
 
@@ -44,6 +45,18 @@ def fit(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
         expected = ((powers * logarithms).sum(axis=1) / powers.sum(axis=1)).mean()
         low, high = (middle, high) if of_label > expected else (low, middle)
     return 2 / (low + high)
+
+
+def held_out(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Each image at the temperature that the other folds of FOLDS have, every FOLDS-th image being of one fold.
+
+    So all images fit the temperature, and all measure it, none of them its own.
+    """
+    result = np.empty_like(probabilities)
+    for first in range(FOLDS):
+        here = np.arange(len(labels)) % FOLDS == first
+        result[here] = apply(probabilities[here], fit(probabilities[~here], labels[~here]))
+    return result
 
 
 def calibration_error(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:

@@ -186,13 +186,17 @@ def means(answers: Answers, order: NDArray[np.int64], views: NDArray[np.int64]) 
 def search(answers: Answers, disagreement: float) -> Candidates:
     """The order and the sequence of thresholds with the lowest cost at this share of disagreements."""
     checkpoints = default_checkpoints(answers.vectors.shape[1])
-    cheapest = np.argsort(answers.seconds, kind="stable")
     found: list[tuple[float, int, Candidates]] = []
-    for order in (herded(answers), cheapest):
+    for order in (herded(answers), cheapest_first(answers.seconds)):
         walks = walk(answers, order, checkpoints)
         thresholds = careful_to_bold(walks)
         found.append((_cost(walks, thresholds, disagreement), len(found), Candidates(order, checkpoints, thresholds)))
     return min(found)[-1]
+
+
+def cheapest_first(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """As plan.cheapest_first: the order of `exact`."""
+    return np.argsort(seconds, kind="stable")
 
 
 def herded(answers: Answers) -> NDArray[np.int64]:

@@ -64,6 +64,20 @@ def test_the_calibration_error_falls_to_that_of_chance() -> None:
     assert temperature.calibration_error(found, labels) < 0.015
 
 
+def test_an_image_has_no_say_in_its_own_temperature() -> None:
+    probabilities, labels = drawn(50, 2.5)
+    changed = labels.copy()
+    changed[7] = (labels[7] + 1) % 5
+
+    before, after = temperature.held_out(probabilities, labels), temperature.held_out(probabilities, changed)
+
+    same_fold = np.arange(50) % temperature.FOLDS == 7 % temperature.FOLDS
+    np.testing.assert_array_equal(before[same_fold], after[same_fold])
+    assert (before[~same_fold] != after[~same_fold]).any()
+    others = temperature.fit(probabilities[~same_fold], labels[~same_fold])
+    np.testing.assert_array_equal(before[7], temperature.apply(probabilities[7], others))
+
+
 def test_labels_that_are_all_right_or_impossible_give_the_ends_of_the_range() -> None:
     sure = np.array([[0.9, 0.1], [0.8, 0.2]])
 
