@@ -151,3 +151,28 @@ def test_the_file_is_plain_json_with_everything_that_was_found(bundle: Bundle) -
         "backend": "onnxruntime",
         "precision": "fp32",
     }
+
+
+def test_the_shipped_thresholds_belong_to_the_shipped_weights(shipped: Bundle) -> None:
+    """After a change of the weights: python -m resnet_ensemble.server.calibrate bundles/cifar10 DATA."""
+    found = calibration.find(shipped, "10crop", [FP32] * len(shipped.manifest.members))
+
+    assert (found.images, found.images_searched + found.images_certified) == ("CIFAR-10 val", 5000)
+    assert found.costs["calibrated"].cost < found.costs["exact"].cost < 1
+
+
+def test_the_readme_says_what_the_shipped_thresholds_do(shipped: Bundle, root: Path) -> None:
+    readme = (root / "README.md").read_text()
+    found = calibration.find(shipped, "10crop", [FP32] * len(shipped.manifest.members))
+    assert found.errors is not None
+    assert found.temperatures is not None
+    exact, calibrated = found.costs["exact"], found.costs["calibrated"]
+
+    rows = [
+        f"| `exact` | {exact.views:.2f} | {exact.cost:.3f} | 0 | {found.errors['full']:.2f} % |",
+        f"| `calibrated`, {100 * found.disagreement:g} % at {100 * found.confidence:g} % |",
+        f"| {calibrated.views:.2f} | {calibrated.cost:.3f} | {found.disagreements} |",
+        f"| {found.disagreements} | {found.errors['calibrated']:.2f} % |",
+        *(f"from {fit.error_before:.4f} to {fit.error_after:.4f}" for fit in found.temperatures.values()),
+    ]
+    assert [row for row in rows if row not in readme] == []
