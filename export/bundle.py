@@ -4,9 +4,10 @@
     members/*.onnx   one graph a member: uint8 (n, h, w, 3) in, float32 (n, classes) probabilities out
     members/*.calibration.safetensors   what its INT8 engines are made with, if it was calibrated
     golden/*.png     pictures whose probabilities the manifest records
+    stopping.json    thresholds and temperatures that were found for it later, if any (server/calibration.py)
 
-Every file is named in the manifest with its SHA-256 and checked before it is used, and so is the manifest, by the
-SHA-256 in its first lines. No torch, and no ONNX library.
+Every other file is named in the manifest with its SHA-256 and checked before it is used, and so is the manifest, by
+the SHA-256 in its first lines. No torch, and no ONNX library.
 
     BundleError
     ├── BundleInvalid   the manifest is missing, of another format, or contradicts itself

@@ -5,8 +5,9 @@ before the rule could fire? 0 is "stop". So nothing is ever run on speculation: 
 every way of following the plan would run, and an image stops after exactly the first view after which its rule fires.
 That number, and so the answer, depends neither on batches nor on load.
 
-    full    all of them
-    exact   until no remaining view can change the most probable class
+    full         all of them
+    exact        until no remaining view can change the most probable class
+    calibrated   as `exact`, and earlier where the lead reaches a threshold at one of a few declared checkpoints
 
 Why `exact` is right. Let v_1 .. v_N be the softmax vectors in the plan's order, w_i >= 0 their weights, S_K the sum of
 w_i v_i over i <= K, and R = w_{K+1} + ... + w_N. Let a be the class with the largest S_K, and b any other. Then
@@ -29,6 +30,7 @@ What is proven is about these vectors. An engine whose answer for a view depends
 can, in the last digits) may give others another time.
 """
 
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
 
@@ -49,7 +51,7 @@ def decided(sums: NDArray[np.float64], weights: NDArray[np.float64], done: int, 
     """
     if done == len(weights) or top >= len(sums):
         return True
-    return _margin(sums, top) > _guard(weights, done)
+    return bool(margin(sums, top) > guard(weights, done))
 
 
 def steps_until_decided(sums: NDArray[np.float64], weights: NDArray[np.float64], done: int) -> int:
@@ -61,18 +63,20 @@ def steps_until_decided(sums: NDArray[np.float64], weights: NDArray[np.float64],
     if decided(sums, weights, done):
         return 0
     added = np.cumsum(weights[done:])
-    lacking = _guard(weights, done) - _margin(sums, 1)
+    lacking = guard(weights, done) - margin(sums)
     first = int(np.searchsorted(added, lacking / (2 * (1 + 2 * SLACK)), side="right"))
     return min(first + 1, len(added))
 
 
-def _margin(sums: NDArray[np.float64], top: int) -> float:
-    """Between the top-th largest and the next."""
+def margin(sums: NDArray[np.float64], top: int = 1) -> NDArray[np.float64]:
+    """Between the top-th largest and the next: (...) of (..., classes)."""
     ordered = np.partition(sums, (-top - 1, -top))
-    return float(ordered[-top] - ordered[-top - 1])
+    between: NDArray[np.float64] = ordered[..., -top] - ordered[..., -top - 1]
+    return between
 
 
-def _guard(weights: NDArray[np.float64], done: int) -> float:
+def guard(weights: NDArray[np.float64], done: int) -> float:
+    """The margin above which the remaining vectors can't change the winner."""
     return float((1 + 2 * SLACK) * weights[done:].sum() + ROUNDING * weights.sum())
 
 
@@ -110,6 +114,54 @@ class Exact:
     def needed(self, sums: NDArray[np.float64], views: NDArray[np.int64], planned: int) -> int:
         """See the module's docstring."""
         return steps_until_decided(sums.sum(axis=0), equal_weights(planned), int(views.sum()))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """As `exact`, and also at the first checkpoint where `lead` reaches its threshold.
+
+    - checkpoints: so many views of the plan that they were found for, ascending
+    - thresholds: one a checkpoint, found by server/thresholds.py
+
+    It looks at the lead at its checkpoints only, so that what is run between two of them makes large batches.
+    """
+
+    checkpoints: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    name: str = field(default="calibrated", init=False)
+
+    def needed(self, sums: NDArray[np.float64], views: NDArray[np.int64], planned: int) -> int:
+        """To the next checkpoint, or to where the class can be proven, whichever comes first."""
+        done = int(views.sum())
+        undecided = steps_until_decided(sums.sum(axis=0), equal_weights(planned), done)
+        for checkpoint, threshold in zip(self.checkpoints, self.thresholds, strict=True):
+            if checkpoint == done and lead(sums, views) >= threshold:
+                return 0
+            if checkpoint > done:
+                return min(undecided, checkpoint - done)
+        return undecided
+
+
+def lead(sums: NDArray[np.float64], views: NDArray[np.int64]) -> NDArray[np.float64]:
+    """By how much the answer so far leads in the mean of the members' means, (...), within -1 and 1 and rounding.
+
+    - sums: (..., members, classes), softmax vectors summed over views
+    - views: (members,), how many were summed
+
+    The answer is the class with the largest sum over all views. In the margin, every member that has been seen weighs
+    the same, as in the end, however many of its views came first. Of the scores that were tried on 5,000 CIFAR-10
+    images (two members, ten crops; cost certified at 0.5 % disagreement, mean of six splits) this one cost 8.9 % of all
+    views, the largest probability 10.8, the margin plus the least of the members' own margins 10.3, the entropy 14.1,
+    and a logistic regression on all of them 9.0. Where members have had different numbers of views, it cost 4 % less
+    than the margin of the plain mean (simulated, three members).
+    """
+    seen = views > 0
+    means = (sums[..., seen, :] / views[seen, None]).mean(axis=-2)  # (..., classes)
+    answer = sums.sum(axis=-2).argmax(axis=-1)[..., None]
+    leading = np.take_along_axis(means, answer, axis=-1)[..., 0]
+    np.put_along_axis(means, answer, -np.inf, axis=-1)
+    ahead: NDArray[np.float64] = leading - means.max(axis=-1)
+    return ahead
 
 
 @cache

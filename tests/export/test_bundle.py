@@ -28,10 +28,11 @@ def test_the_shipped_bundle_is_whole(shipped: Bundle) -> None:
         assert shipped.read(golden)
 
 
-def test_the_shipped_bundle_holds_nothing_that_the_manifest_does_not_name(shipped: Bundle) -> None:
+def test_the_shipped_bundle_holds_nothing_but_thresholds_that_the_manifest_does_not_name(shipped: Bundle) -> None:
     manifest = shipped.manifest
     calibrations = [member.calibration for member in manifest.members if member.calibration]
-    named = {part.file for part in (*manifest.members, *calibrations, *manifest.golden)} | {"bundle.json"}
+    named = {part.file for part in (*manifest.members, *calibrations, *manifest.golden)}
+    named |= {"bundle.json", "stopping.json"}
     found = {str(path.relative_to(shipped.path)) for path in shipped.path.rglob("*") if path.is_file()}
 
     assert found == named

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_ensemble.server.plan import cheapest_first
+from resnet_ensemble.server.plan import Stage, Step, cheapest_first, in_order
 
 
 def test_the_cheapest_views_come_first_whatever_the_order_of_the_members() -> None:
@@ -59,3 +59,26 @@ def test_every_view_is_planned_once_and_none_after_a_more_expensive_one(
     ]
     assert covered == list(range(plan.views))
     assert plan.views == len(seconds) * sum(views)
+
+
+def test_a_plan_in_any_order_joins_what_stands_side_by_side() -> None:
+    steps = [Step(0, 0, 4), Step(1, 0, 0), Step(1, 0, 1), Step(0, 0, 5), Step(1, 1, 2)]
+
+    plan = in_order("p", [[1.0, 4.0], [2.0, 8.0]], steps)
+
+    assert plan.stages == (
+        Stage(0, 0, 0, 1, 1.0, start=4),
+        Stage(1, 0, 1, 2, 2.0, start=0),
+        Stage(0, 0, 3, 1, 1.0, start=5),
+        Stage(1, 1, 4, 1, 8.0, start=2),
+    )
+    assert [(stage.member, start, stop) for stage, start, stop in plan.between(2, 4)] == [(1, 1, 2), (0, 5, 6)]
+    assert plan.seconds == 1 + 2 * 2 + 1 + 8
+
+
+@given(st.permutations([Step(m, b, v) for m in range(2) for b in range(2) for v in range(3)]), st.integers(0, 12))
+def test_the_ranges_of_a_plan_are_the_steps_it_was_made_of(steps: list[Step], cut: int) -> None:
+    plan = in_order("p", [[1.0, 2.0], [3.0, 4.0]], steps)
+
+    ranges = [*plan.between(0, cut), *plan.between(cut, 12)]
+    assert [Step(stage.member, stage.block, view) for stage, a, b in ranges for view in range(a, b)] == steps

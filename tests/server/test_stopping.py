@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from resnet_ensemble.server.stopping import RULES, SLACK, decided, equal_weights, steps_until_decided
+from resnet_ensemble.server.stopping import RULES, SLACK, Calibrated, decided, equal_weights, lead, steps_until_decided
 
 # Values that make ties, sure votes and the worst that an engine may answer likely.
 PROBABILITY = st.one_of(
@@ -119,3 +119,35 @@ def test_full_wants_all_and_exact_only_what_can_matter() -> None:
     assert RULES["exact"].needed(sums, views, planned=20) == 0
     assert RULES["exact"].needed(0.8 * sums, views, planned=20) == 1
     assert equal_weights(20).sum() == 20
+
+
+def test_the_calibrated_rule_looks_at_its_checkpoints_only() -> None:
+    rule = Calibrated((2, 4), (0.8, 0.5))
+    sure = np.array([[1.0, 0.0]])
+
+    assert rule.name == "calibrated"
+    assert rule.needed(0 * sure, np.array([0]), planned=20) == 2
+    assert rule.needed(1 * sure, np.array([1]), planned=20) == 1
+    assert rule.needed(2 * sure, np.array([2]), planned=20) == 0
+    assert rule.needed(np.array([[1.7, 0.3]]), np.array([2]), planned=20) == 2
+    assert rule.needed(np.array([[3.1, 0.9]]), np.array([4]), planned=20) == 0
+    assert rule.needed(np.array([[2.9, 1.1]]), np.array([4]), planned=20) == RULES["exact"].needed(
+        np.array([[2.9, 1.1]]), np.array([4]), planned=20
+    )
+
+
+def test_the_calibrated_rule_also_stops_where_the_class_is_proven() -> None:
+    rule = Calibrated((8,), (2.0,))
+
+    assert rule.needed(np.array([[6.0, 0.0]]), np.array([6]), planned=11) == 0
+    assert rule.needed(np.array([[5.5, 0.5]]), np.array([6]), planned=11) == 1  # before the checkpoint
+
+
+def test_in_the_lead_every_member_weighs_the_same() -> None:
+    """Nine views of one member are for class 0 with 0.6, one of another for class 1 with 0.9."""
+    sums = np.array([[5.4, 3.6], [0.1, 0.9]])
+
+    assert lead(sums, np.array([9, 1])) == pytest.approx((0.6 - 0.4 + 0.1 - 0.9) / 2)  # the answer is class 0
+    assert lead(np.array([[5.4, 3.6], [0.0, 0.0]]), np.array([9, 0])) == pytest.approx(0.2)
+    many = np.stack([sums, sums[:, ::-1]])
+    assert lead(many, np.array([9, 1])).tolist() == pytest.approx([-0.3, -0.3])

@@ -1,0 +1,317 @@
+"""Find the thresholds of the stop rule `calibrated`, with a guarantee, and the temperatures of a bundle.
+
+    python -m resnet_ensemble.server.calibrate bundles/cifar10 IMAGES --disagreement 0.005 --confidence 0.95
+
+Every view of every image is run once, on the engines that the server would take (RESNET_BACKEND). On a random third of
+the images, the order of the views and the thresholds are searched; on the others they are certified: with the stated
+confidence, the label is not the one of all views for at most the share --disagreement of images like these. See
+server/thresholds.py for the method and for what is not promised. The result is written to stopping.json in the bundle;
+it belongs to these weights, backends and precisions.
+
+IMAGES holds pictures, in one folder for each label or not, or CIFAR's official files, of which the validation images
+are taken. They must be drawn like those to be served, and independently: frames of one film are not. With labels, one
+temperature for each stop rule is fitted too, and errors are reported.
+"""
+
+import argparse
+import logging
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from resnet_ensemble.export import engine_store, host
+from resnet_ensemble.export.bundle import Bundle, BundleError
+from resnet_ensemble.export.engines import BackendUnavailable, Engine
+from resnet_ensemble.export.gate import SUFFIXES
+from resnet_ensemble.server import calibration, images, temperature, thresholds
+from resnet_ensemble.server.calibration import Calibration, Cost, NotCalibrated, Temperature
+from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.plan import Step
+from resnet_ensemble.server.settings import from_environment
+from resnet_ensemble.server.thresholds import Answers, Stops, TooFewImages
+from resnet_ensemble.training import cifar
+from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes, make_blocks
+
+SEED = 0
+_IMAGES_A_RUN = 8  # 80 views of ten crops
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What to calibrate on: `decode` gives one as RGB, `labels` int64 (images,) if all are known."""
+
+    name: str
+    count: int
+    decode: Callable[[int], Image.Image]
+    labels: NDArray[np.int64] | None
+
+
+def find_pictures(folder: Path, labels: tuple[str, ...], max_pixels: int) -> Pictures:
+    """A folder's pictures, or CIFAR's validation images. Raises DataError."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if files:
+        numbers = {label: i for i, label in enumerate(labels)}
+        known = np.array([numbers.get(file.parent.name, -1) for file in files])
+
+        def decode(index: int) -> Image.Image:
+            try:
+                return images.decode(files[index].read_bytes(), max_pixels=max_pixels)
+            except ApiError as error:
+                raise cifar.DataError(f"{files[index]}: {error}; remove it from the folder") from None
+
+        return Pictures(folder.name, len(files), decode, known if known.min() >= 0 else None)
+    dataset = next((known for known in cifar.DATASETS.values() if known.labels == labels), None)
+    if dataset is None:
+        raise cifar.DataError(f"no pictures in {folder} ({', '.join(SUFFIXES)})")
+    chosen = cifar.read(folder, "val", dataset)
+    name = f"{dataset.title} val"
+    return Pictures(name, len(chosen.images), lambda i: Image.fromarray(chosen.images[i]), chosen.labels)
+
+
+def steps(members: int, protocol: str) -> list[Step]:
+    """Every view of every member, in the order in which `run` gives their answers."""
+    sizes = block_sizes(protocol)
+    return [Step(m, b, v) for m in range(members) for b, size in enumerate(sizes) for v in range(size)]
+
+
+def run(
+    bundle: Bundle, engines: Sequence[Engine], pictures: Pictures, protocol: str
+) -> tuple[NDArray[np.float32], list[list[float]]]:
+    """Every view of every image on every member.
+
+    Returns softmax vectors (images, steps, classes), and seconds of one view for each member and block: the median over
+    all runs, since plans and thresholds outlive the moment in which this host was busy with something else.
+    """
+    members = bundle.manifest.members
+    sizes = block_sizes(protocol)
+    vectors = np.empty((pictures.count, len(members) * sum(sizes), len(bundle.manifest.labels)), np.float32)
+    timed: list[list[list[float]]] = [[[] for _ in sizes] for _ in members]
+
+    def run_some(start: int) -> int:
+        chosen = range(start, min(start + _IMAGES_A_RUN, pictures.count))
+        decoded = [pictures.decode(index) for index in chosen]
+        for place, (member, engine) in enumerate(zip(members, engines, strict=True)):
+            images_blocks = [make_blocks(image, member.preprocessing, protocol) for image in decoded]
+            step = place * sum(sizes)
+            for block, size in enumerate(sizes):
+                groups: defaultdict[tuple[int, ...], list[tuple[int, NDArray[np.uint8]]]] = defaultdict(list)
+                for index, blocks in zip(chosen, images_blocks, strict=True):
+                    groups[blocks[block].shape].append((index, blocks[block]))
+                for group in groups.values():
+                    views = np.concatenate([views for _, views in group])
+                    began = time.perf_counter()
+                    answers = engine.run(views)
+                    timed[place][block].append((time.perf_counter() - began) / len(views))
+                    indices = [index for index, _ in group]
+                    vectors[indices, step : step + size] = answers.reshape(len(group), size, -1)
+                step += size
+        return len(chosen)
+
+    starts = range(0, pictures.count, _IMAGES_A_RUN)
+    progress = tqdm(total=pictures.count, desc=f"{protocol}, every view", unit="image", disable=None, leave=False)
+    with ThreadPoolExecutor(host.cores()) as streams, progress:
+        for done in streams.map(run_some, starts):
+            progress.update(done)
+    return vectors, [[statistics.median(seconds) for seconds in blocks] for blocks in timed]
+
+
+def check_count(count: int, planned: int, disagreement: float, confidence: float) -> None:
+    """Raise TooFewImages if so many can't show what is asked."""
+    if planned < 2:
+        raise TooFewImages("the plan has a single view, which no stop rule can save; choose a protocol with more")
+    needed = max(3, thresholds.images_needed(disagreement, confidence))  # one of three searches
+    if count < needed:
+        reachable = math.ceil(1e4 * thresholds.smallest_disagreement(count, confidence)) / 1e4
+        raise TooFewImages(
+            f"{count} images can't certify a disagreement of at most {disagreement:g} with confidence {confidence:g}: "
+            f"it takes at least {needed}; with these, ask for --disagreement {reachable:g} or more"
+        )
+
+
+def calibrate(
+    bundle: Bundle,
+    engines: Sequence[Engine],
+    pictures: Pictures,
+    protocol: str,
+    *,
+    disagreement: float,
+    confidence: float,
+) -> Calibration:
+    """Run, search, certify. Raises TooFewImages before anything is run, and DataError."""
+    every = steps(len(engines), protocol)
+    check_count(pictures.count, len(every), disagreement, confidence)
+    vectors, seconds = run(bundle, engines, pictures, protocol)
+    answers = Answers(
+        vectors,
+        np.array([step.member for step in every]),
+        np.array([seconds[step.member][step.block] for step in every]),
+    )
+    to_search, to_certify = thresholds.split(pictures.count, SEED)
+    searching, certifying = answers.of(to_search), answers.of(to_certify)
+    found = thresholds.search(searching, disagreement)
+    walks = thresholds.walk(certifying, found.order, found.checkpoints)
+    certificate = thresholds.certify(walks, found.thresholds, disagreement, confidence)
+    exact = _Way(thresholds.cheapest_first(answers.seconds), found.checkpoints, found.thresholds[0])
+    calibrated = _Way(found.order, found.checkpoints, found.thresholds[certificate.chosen])
+    if not certificate.chosen:  # only proofs stop an image, and for them that order has no advantage
+        calibrated = exact
+    stops = {"exact": exact.stops(certifying), "calibrated": calibrated.stops(certifying)}
+    errors, temperatures = None, None
+    if pictures.labels is not None:
+        truth = pictures.labels[to_certify]
+        labels = {"full": walks.proven_labels, "calibrated": stops["calibrated"].labels}
+        errors = {name: 100 * float((given != truth).mean()) for name, given in labels.items()}
+        means = {
+            "full": vectors.mean(axis=1, dtype=np.float64),
+            "exact": exact.means(answers),
+            "calibrated": calibrated.means(answers),
+        }
+        temperatures = {name: _temperature(mean, pictures.labels) for name, mean in means.items()}
+    return Calibration(
+        protocol=protocol,
+        engines=calibration.kinds(bundle, [engine.info for engine in engines]),
+        plan=tuple(every[step] for step in calibrated.order),
+        checkpoints=found.checkpoints,
+        thresholds=tuple(None if math.isinf(value) else float(value) for value in calibrated.thresholds),
+        disagreement=disagreement,
+        confidence=confidence,
+        images=pictures.name,
+        images_searched=len(searching.vectors),
+        images_certified=certificate.images,
+        disagreements=certificate.disagreements,
+        planned=len(every),
+        seconds=tuple(tuple(row) for row in seconds),
+        costs={
+            name: Cost(views=float(stop.views.mean()), cost=min(1.0, float(stop.seconds.mean() / walks.seconds[-1])))
+            for name, stop in stops.items()
+        },
+        errors=errors,
+        temperatures=temperatures,
+    )
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A plan with thresholds."""
+
+    order: NDArray[np.int64]
+    checkpoints: tuple[int, ...]
+    thresholds: NDArray[np.float64]
+
+    def stops(self, answers: Answers) -> Stops:
+        return thresholds.follow(thresholds.walk(answers, self.order, self.checkpoints), self.thresholds)
+
+    def means(self, answers: Answers) -> NDArray[np.float64]:
+        return thresholds.means(answers, self.order, self.stops(answers).views)
+
+
+def _temperature(means: NDArray[np.float64], labels: NDArray[np.int64]) -> Temperature:
+    after = temperature.held_out(means, labels)
+    return Temperature(
+        temperature=temperature.fit(means, labels),
+        images=len(labels),
+        folds=temperature.FOLDS,
+        bins=temperature.BINS,
+        error_before=temperature.calibration_error(means, labels),
+        error_after=temperature.calibration_error(after, labels),
+        loss_before=temperature.loss(means, labels),
+        loss_after=temperature.loss(after, labels),
+    )
+
+
+def report(found: Calibration) -> str:
+    """What was found, for people."""
+    exact, calibrated = found.costs["exact"], found.costs["calibrated"]
+    parts = f"{found.images_searched} images to search, {found.images_certified} to certify"
+    other = f"{found.disagreements} of {found.images_certified}"
+    guarantee = (
+        f"With confidence {found.confidence:g}, `calibrated` gives another label than all views to at most "
+        f"{100 * found.disagreement:g} % of such images."
+    )
+    lines = [
+        f"{found.protocol} on {found.images}: {parts}",
+        "",
+        "| stop rule | views | cost | other label than full |",
+        "|---|---|---|---|",
+        f"| full | {found.planned} | 1 | |",
+        f"| exact | {exact.views:.2f} | {exact.cost:.3f} | 0 |",
+        f"| calibrated | {calibrated.views:.2f} | {calibrated.cost:.3f} | {other} |",
+        "",
+        guarantee,
+    ]
+    if found.rule.checkpoints:
+        pairs = zip(found.rule.checkpoints, found.rule.thresholds, strict=True)
+        lines.append("Stops after " + ", ".join(f"{views} from a lead of {value:.4f}" for views, value in pairs) + ".")
+    else:
+        lines.append("Nothing bolder than `exact` could be certified: `calibrated` is `exact` in another order.")
+    if found.errors is not None:
+        lines.append(
+            f"Top-1 error on the images that certify: full {found.errors['full']:.2f} %, "
+            f"calibrated {found.errors['calibrated']:.2f} %."
+        )
+    for name, fit in (found.temperatures or {}).items():
+        lines.append(
+            f"Temperature of {name}: {fit.temperature:.3f}; calibration error {fit.error_before:.4f} before, "
+            f"{fit.error_after:.4f} after ({fit.bins} bins of equal width); loss {fit.loss_before:.4f}, "
+            f"{fit.loss_after:.4f}."
+        )
+    return "\n".join(lines)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be between 0 and 1")
+    return value
+
+
+def main() -> None:
+    """Parse the command line and calibrate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path, help="the bundle's folder; stopping.json is written into it")
+    parser.add_argument("images", type=Path, help="pictures, or CIFAR's official files")
+    parser.add_argument(
+        "--disagreement", type=_share, default=0.005, help="share of images that may get another label (default: 0.005)"
+    )
+    parser.add_argument("--confidence", type=_share, default=0.95, help="that it is no more (default: 0.95)")
+    parser.add_argument("--protocol", choices=ALL_PROTOCOLS, help="(default: the bundle's)")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        settings = from_environment()
+        backend = None if settings.backend == "auto" else settings.backend
+        bundle = Bundle.open(arguments.bundle)
+        protocol = arguments.protocol or bundle.manifest.protocol
+        calibration.read(bundle)  # a damaged file is found before the long part
+        pictures = find_pictures(arguments.images, bundle.manifest.labels, settings.max_image_pixels)
+        engines = [engine_store.open_engine(bundle, member, backend) for member in bundle.manifest.members]
+        found = calibrate(
+            bundle,
+            engines,
+            pictures,
+            protocol,
+            disagreement=arguments.disagreement,
+            confidence=arguments.confidence,
+        )
+        for engine in engines:
+            engine.close()
+        calibration.write(bundle, found)
+    except (BundleError, BackendUnavailable, NotCalibrated, TooFewImages, cifar.DataError, ValueError) as problem:
+        sys.exit(f"calibrate: {problem}")
+    print(report(found))
+    print(f"Written to {bundle.path / calibration.FILE}.")
+
+
+if __name__ == "__main__":
+    main()

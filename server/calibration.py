@@ -1,0 +1,200 @@
+"""What server/calibrate.py found for a bundle: the plan and thresholds of `calibrated`, and temperatures.
+
+They are in `stopping.json` beside the bundle's manifest, one entry for each protocol and set of engines, and hold for
+the very members and kinds of engines that they were found with: `find` gives nothing else.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from resnet_ensemble.export.bundle import Bundle, Protocol, Sha256
+from resnet_ensemble.export.engines import EngineInfo
+from resnet_ensemble.server.plan import Plan, Step, in_order
+from resnet_ensemble.server.stopping import Calibrated
+from resnet_ensemble.training.files import write_atomically
+from resnet_ensemble.training.views import block_sizes
+
+FILE = "stopping.json"
+COMMAND = "python -m resnet_ensemble.server.calibrate"
+Share = Annotated[float, Field(ge=0, le=1)]
+InnerShare = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class NotCalibrated(Exception):
+    """There are no thresholds for what is asked; the message says for what there are, and how to find others."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class EngineKind(_Part):
+    """A member and how it is run."""
+
+    member: str
+    sha256: Sha256
+    backend: str
+    precision: str
+
+
+class Temperature(_Part):
+    """A temperature (server/temperature.py), fitted on so many images.
+
+    What it is worth is measured out of fold: each image at the temperature that the others have.
+
+    - error_before, error_after: expected calibration error over `bins` bins of equal width
+    - loss_before, loss_after: mean negative logarithm of the true label's probability
+    """
+
+    temperature: float = Field(gt=0)
+    images: int = Field(gt=0)
+    folds: int = Field(gt=1)
+    bins: int = Field(gt=0)
+    error_before: Share
+    error_after: Share
+    loss_before: float = Field(ge=0)
+    loss_after: float = Field(ge=0)
+
+
+class Cost(_Part):
+    """What a stop rule takes on the images that certify. `cost`: seconds, as a share of those of all views."""
+
+    views: float = Field(ge=0)
+    cost: Share
+
+
+class Calibration(_Part):
+    """Plan and thresholds for one protocol.
+
+    - engines: what they belong to, in the members' order
+    - plan: (member, block, view) of every view, in order
+    - checkpoints, thresholds: as in stopping.Calibrated; None: never stop there
+    - disagreement, confidence: the guarantee of server/thresholds.py
+    - images_searched, images_certified: how many images each part had
+    - disagreements: on how many of those that certify the label was another than that of all views
+    - planned: views of all members
+    - seconds: of one view, by member and block, as measured
+    - costs: of `calibrated`, and of `exact`, whose plan is the cheapest first
+    - errors: top-1 in %, of `full` and `calibrated` on the images that certify, if their labels are known
+    - temperatures: by stop rule, if labels are known
+    """
+
+    protocol: Protocol
+    engines: tuple[EngineKind, ...] = Field(min_length=1)
+    plan: tuple[Step, ...] = Field(min_length=1)
+    checkpoints: tuple[int, ...]
+    thresholds: tuple[float | None, ...]
+    disagreement: InnerShare
+    confidence: InnerShare
+    images: str
+    images_searched: int = Field(gt=0)
+    images_certified: int = Field(gt=0)
+    disagreements: Count
+    planned: int = Field(gt=0)
+    seconds: tuple[tuple[float, ...], ...]
+    costs: dict[str, Cost]
+    errors: dict[str, float] | None
+    temperatures: dict[str, Temperature] | None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if len(self.thresholds) != len(self.checkpoints):
+            raise ValueError(f"{len(self.checkpoints)} checkpoints have {len(self.thresholds)} thresholds")
+        if any(a >= b for a, b in pairwise((0, *self.checkpoints, self.planned))):
+            raise ValueError(f"checkpoints must ascend from 1 to less than {self.planned}: {self.checkpoints}")
+        sizes = block_sizes(self.protocol)
+        views = [Step(m, b, v) for m in range(len(self.engines)) for b, size in enumerate(sizes) for v in range(size)]
+        if sorted(self.plan) != views or self.planned != len(views):
+            raise ValueError(f"the plan must have each of the {len(views)} views of {self.protocol} once")
+        return self
+
+    @property
+    def rule(self) -> Calibrated:
+        """The stop rule. It is for `ordered_plan` only."""
+        pairs = zip(self.checkpoints, self.thresholds, strict=True)
+        kept = [(checkpoint, threshold) for checkpoint, threshold in pairs if threshold is not None]
+        return Calibrated(tuple(checkpoint for checkpoint, _ in kept), tuple(threshold for _, threshold in kept))
+
+    def ordered_plan(self, seconds: Sequence[Sequence[float]]) -> Plan:
+        """The plan. `seconds`: of one view, for each member and block, on the host that runs it."""
+        return in_order(self.protocol, seconds, self.plan)
+
+
+class Calibrations(_Part):
+    """The content of stopping.json."""
+
+    format: Literal[1] = 1
+    calibrations: tuple[Calibration, ...] = ()
+
+
+def kinds(bundle: Bundle, engines: Sequence[EngineInfo]) -> tuple[EngineKind, ...]:
+    """The engines of a bundle's members, in their order."""
+    return tuple(
+        EngineKind(member=member.name, sha256=member.sha256, backend=info.backend, precision=info.precision)
+        for member, info in zip(bundle.manifest.members, engines, strict=True)
+    )
+
+
+def read(bundle: Bundle) -> tuple[Calibration, ...]:
+    """Everything in the bundle's stopping.json; nothing if there is none. Raises NotCalibrated for a damaged one."""
+    file = bundle.path / FILE
+    try:
+        return Calibrations.model_validate(json.loads(file.read_bytes())).calibrations
+    except FileNotFoundError:
+        return ()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "it"
+        raise NotCalibrated(f"{file} is not valid: {where}: {first['msg']}; remove it and run {COMMAND}") from None
+    except ValueError as error:
+        raise NotCalibrated(f"{file} is not JSON ({error}); remove it and run {COMMAND}") from None
+
+
+def find(bundle: Bundle, protocol: str, engines: Sequence[EngineInfo]) -> Calibration:
+    """What was found for this protocol with these weights and engines. Raises NotCalibrated."""
+    wanted = kinds(bundle, engines)
+    candidates = [known for known in read(bundle) if known.protocol == protocol]
+    for known in candidates:
+        if known.engines == wanted:
+            return known
+    command = f"run {COMMAND} {bundle.path} IMAGES --protocol {protocol}"
+    if not candidates:
+        raise NotCalibrated(f"no thresholds for {protocol} in {bundle.path / FILE}: {command}")
+    others = "; ".join(_difference(wanted, known.engines) for known in candidates)
+    raise NotCalibrated(f"the thresholds for {protocol} in {bundle.path / FILE} are of others: {others}; {command}")
+
+
+def write(bundle: Bundle, found: Calibration) -> None:
+    """Add to the bundle's stopping.json, atomically; what was found for the same protocol and engines is replaced.
+
+    Thresholds of other weights are dropped. Raises NotCalibrated if the file that is there is damaged.
+    """
+    hashes = [member.sha256 for member in bundle.manifest.members]
+    kept = [
+        known
+        for known in read(bundle)
+        if [engine.sha256 for engine in known.engines] == hashes
+        and (known.protocol, known.engines) != (found.protocol, found.engines)
+    ]
+    content = Calibrations(calibrations=(*kept, found))
+    write_atomically(bundle.path / FILE, f"{content.model_dump_json(indent=1)}\n".encode())
+
+
+def _difference(wanted: Sequence[EngineKind], known: Sequence[EngineKind]) -> str:
+    names, known_names = ([engine.member for engine in engines] for engines in (wanted, known))
+    if names != known_names:
+        return f"of members {', '.join(known_names)}, not {', '.join(names)}"
+    parts = []
+    for ours, theirs in zip(wanted, known, strict=True):
+        if ours.sha256 != theirs.sha256:
+            parts.append(f"{ours.member} has other weights")
+        if (ours.backend, ours.precision) != (theirs.backend, theirs.precision):
+            parts.append(
+                f"{ours.member} ran on {theirs.backend} {theirs.precision}, not {ours.backend} {ours.precision}"
+            )
+    return ", ".join(parts)

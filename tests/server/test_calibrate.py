@@ -1,0 +1,235 @@
+"""The run from pictures to stopping.json, on engines that answer by brightness."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_ensemble.export import engine_store
+from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.engines.fake import FakeEngine
+from resnet_ensemble.server import calibrate, calibration, thresholds
+from resnet_ensemble.server.calibrate import Pictures
+from resnet_ensemble.server.thresholds import TooFewImages
+from resnet_ensemble.training import cifar
+from resnet_ensemble.training.views import make_blocks
+
+
+class Sharp(FakeEngine):
+    """Surer than the fake engine, as networks are."""
+
+    def run(self, views: np.ndarray) -> np.ndarray:
+        sharper = super().run(views).astype(np.float64) ** 4
+        return (sharper / sharper.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def bundle(shipped: Bundle, tmp_path: Path) -> Bundle:
+    copy = Bundle.open(Path(shutil.copytree(shipped.path, tmp_path / "bundle")))
+    (copy.path / calibration.FILE).unlink(missing_ok=True)
+    return copy
+
+
+def pictures(count: int, *, labelled: bool = True) -> Pictures:
+    """Grey pictures with noise, so that views differ where the brightness is between two classes."""
+    random = np.random.default_rng(0)
+    brightness = random.integers(0, 256, count)
+    noisy = np.clip(brightness[:, None, None, None] + random.normal(0, 40, (count, 32, 32, 3)), 0, 255).astype(np.uint8)
+    labels = np.round(brightness / 255 * 9).astype(np.int64)
+    return Pictures("noise", count, lambda i: Image.fromarray(noisy[i]), labels if labelled else None)
+
+
+def test_every_view_is_run_in_the_order_of_the_steps(bundle: Bundle) -> None:
+    engines, shown = [Sharp(10), FakeEngine(10)], pictures(11)
+
+    for protocol in ("10crop", "multiscale"):
+        found, seconds = calibrate.run(bundle, engines, shown, protocol)
+
+        steps = calibrate.steps(2, protocol)
+        assert found.shape == (11, len(steps), 10)
+        assert [len(blocks) for blocks in seconds] == [len({step.block for step in steps})] * 2
+        for member, engine in enumerate(engines):
+            blocks = make_blocks(shown.decode(9), bundle.manifest.members[member].preprocessing, protocol)
+            places = [place for place, step in enumerate(steps) if step.member == member]
+            np.testing.assert_array_equal(found[9, places], np.concatenate([engine.run(block) for block in blocks]))
+
+
+def test_the_seconds_of_a_view_are_the_usual_ones_whatever_happens_once(bundle: Bundle) -> None:
+    class Interrupted(FakeEngine):
+        def run(self, views: np.ndarray) -> np.ndarray:
+            if not self.batches:
+                time.sleep(0.3)
+            return super().run(views)
+
+    slow, interrupted = FakeEngine(10, seconds_per_view=0.002), Interrupted(10, seconds_per_view=0.0005)
+
+    _, ((first,), (second,)) = calibrate.run(bundle, [slow, interrupted], pictures(40), "center")
+
+    assert first > second >= 0.0005
+
+
+def test_what_is_reported_is_what_following_the_rule_gives(bundle: Bundle) -> None:
+    """Counted again from the written plan and thresholds alone, on the images that certify."""
+    engines, shown = [Sharp(10), FakeEngine(10)], pictures(900)
+
+    found = calibrate.calibrate(bundle, engines, shown, "10crop", disagreement=0.01, confidence=0.9)
+
+    vectors = calibrate.run(bundle, engines, shown, "10crop")[0].astype(np.float64)
+    places = {step: place for place, step in enumerate(calibrate.steps(2, "10crop"))}
+    _, certifying = thresholds.split(900, calibrate.SEED)
+    used, spent, different, wrong = [], [], 0, 0
+    for image in certifying:
+        sums, views = np.zeros((2, 10)), np.zeros(2, np.int64)
+        while step := found.rule.needed(sums, views, found.planned):
+            for member, block, view in found.plan[views.sum() : views.sum() + step]:
+                sums[member] += vectors[image, places[calibrate.Step(member, block, view)]]
+                views[member] += 1
+        used.append(views.sum())
+        spent.append(sum(found.seconds[member][0] for member, *_ in found.plan[: views.sum()]))
+        label = sums.sum(axis=0).argmax()
+        different += label != vectors[image].sum(axis=0).argmax()
+        wrong += label != shown.labels[image] if shown.labels is not None else 0
+    total = sum(found.seconds[member][0] for member, *_ in found.plan)
+    assert found.images_certified == len(certifying) == 600
+    assert found.disagreements == different
+    assert found.costs["calibrated"].views == pytest.approx(np.mean(used))
+    assert found.costs["calibrated"].cost == pytest.approx(np.mean(spent) / total)
+    assert found.costs["calibrated"].cost < found.costs["exact"].cost < 1
+    assert found.errors is not None
+    assert found.errors["calibrated"] == pytest.approx(100 * wrong / 600)
+
+
+def test_with_labels_each_rule_has_a_temperature(bundle: Bundle) -> None:
+    found = calibrate.calibrate(
+        bundle, [FakeEngine(10), FakeEngine(10)], pictures(400), "flip", disagreement=0.02, confidence=0.9
+    )
+
+    assert found.temperatures is not None
+    assert set(found.temperatures) == {"full", "exact", "calibrated"}
+    for fit in found.temperatures.values():
+        assert fit.images == 400
+        assert fit.temperature < 1  # the fake engine is never as sure as it could be
+        assert fit.loss_after < fit.loss_before
+        assert fit.error_after < fit.error_before
+
+
+def test_without_labels_there_are_thresholds_but_neither_errors_nor_temperatures(bundle: Bundle) -> None:
+    found = calibrate.calibrate(
+        bundle, [Sharp(10), Sharp(10)], pictures(300, labelled=False), "flip", disagreement=0.02, confidence=0.9
+    )
+
+    assert found.errors is None
+    assert found.temperatures is None
+    assert "error" not in calibrate.report(found)
+
+
+def test_too_few_images_are_refused_before_anything_is_run(bundle: Bundle) -> None:
+    engine = FakeEngine(10)
+
+    with pytest.raises(TooFewImages, match=r"^10 images .* takes at least 896; .* --disagreement 0\.3482 or more$"):
+        calibrate.calibrate(bundle, [engine] * 2, pictures(10), "flip", disagreement=0.005, confidence=0.95)
+    assert engine.batches == []
+
+
+def test_a_single_view_can_not_be_saved(bundle: Bundle) -> None:
+    first = Bundle(bundle.path, bundle.manifest.model_copy(update={"members": bundle.manifest.members[:1]}))
+
+    with pytest.raises(TooFewImages, match="a single view"):
+        calibrate.calibrate(first, [FakeEngine(10)], pictures(99), "center", disagreement=0.1, confidence=0.9)
+
+
+def test_pictures_are_found_in_any_folder_and_labelled_where_every_folder_is_a_label(
+    tmp_path: Path, shipped: Bundle
+) -> None:
+    def read() -> Pictures:
+        return calibrate.find_pictures(tmp_path, shipped.manifest.labels, 10_000)
+
+    for folder in ("ship", "cat"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (40, 30)).save(tmp_path / folder / "a.png")
+    (tmp_path / "notes.txt").touch()
+
+    found = read()
+    assert (found.name, found.count) == (tmp_path.name, 2)
+    assert found.labels is not None
+    assert found.labels.tolist() == [3, 8]
+    assert found.decode(0).size == (40, 30)
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
+    assert read().labels is None
+
+
+def test_a_picture_that_can_t_be_read_is_named(tmp_path: Path, shipped: Bundle) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8 no picture")
+    found = calibrate.find_pictures(tmp_path, shipped.manifest.labels, 10_000)
+
+    with pytest.raises(cifar.DataError, match=r"bad\.jpg: .*remove it"):
+        found.decode(0)
+
+
+def test_cifar_gives_its_validation_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    asked: list[str] = []
+
+    def read(root: Path, split: cifar.Split, dataset: cifar.Dataset) -> cifar.Images:
+        asked.append(split)
+        return cifar.Images(images, np.array([1, 2]))
+
+    monkeypatch.setattr(cifar, "read", read)
+    found = calibrate.find_pictures(tmp_path, cifar.CIFAR10.labels, 10_000)
+
+    assert asked == ["val"]
+    assert found.name == "CIFAR-10 val"
+    np.testing.assert_array_equal(np.asarray(found.decode(1)), images[1])
+    with pytest.raises(cifar.DataError, match="no pictures in"):
+        calibrate.find_pictures(tmp_path, ("left", "right"), 10_000)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(engine_store, "open_engine", lambda *_: Sharp(10))
+    monkeypatch.setattr(sys, "argv", ["calibrate", *arguments])
+    calibrate.main()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shown = pictures(150)
+    assert shown.labels is not None
+    for i, label in enumerate(shown.labels):
+        path = tmp_path / "pictures" / cifar.CIFAR10.labels[label] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shown.decode(i).save(path)
+    return tmp_path / "pictures"
+
+
+def test_the_command_writes_the_file_and_reports(
+    bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, str(bundle.path), str(folder), "--disagreement", "0.05", "--protocol", "flip")
+
+    (found,) = calibration.read(bundle)
+    printed = capsys.readouterr().out
+    assert (found.protocol, found.images_searched, found.images_certified) == ("flip", 50, 100)
+    assert calibrate.report(found) in printed
+    assert "at most 5 % of such images" in printed
+    assert "Temperature of full" in printed
+
+
+def test_the_command_refuses_with_one_line(bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="calibrate: 150 images can't certify"):
+        command(monkeypatch, str(bundle.path), str(folder))
+    assert not (bundle.path / calibration.FILE).exists()
+    (bundle.path / calibration.FILE).write_text("{")
+    with pytest.raises(SystemExit, match="is not JSON"):
+        command(monkeypatch, str(bundle.path), str(folder), "--disagreement", "0.05")
+
+
+def test_where_nothing_can_be_certified_the_report_says_so(bundle: Bundle) -> None:
+    found = calibrate.calibrate(bundle, [Sharp(10)] * 2, pictures(200), "flip", disagreement=0.02, confidence=0.9)
+
+    careful = found.model_copy(update={"thresholds": (None,) * len(found.checkpoints)})
+    assert "Nothing bolder than `exact` could be certified" in calibrate.report(careful)
+    assert "Stops after 1 from a lead of" in calibrate.report(found)
