@@ -48,7 +48,7 @@ $(SERVE)/installed: pyproject.toml constraints.txt
 
 $(DEV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEV)
-	$(DEV)/bin/python $(PIP) --editable '.[server,cpu,openvino,train,export,dev]'
+	$(DEV)/bin/python $(PIP) --editable '.[server,cpu,openvino,train,export,batch,dev]'
 	touch $@
 
 clean:
