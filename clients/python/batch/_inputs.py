@@ -17,7 +17,6 @@ import io
 import json
 import os
 import re
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -125,7 +124,9 @@ class Inputs:
 
     def _items(self, argument: str) -> Iterator[Item]:
         if argument == "-":
-            yield from self._lines(sys.stdin.buffer, argument)
+            # A file of its own: Python aborts when it ends while a thread still waits in sys.stdin for a line.
+            with open(0, "rb", closefd=False) as file:
+                yield from self._lines(file, argument)
         elif _has_pattern(argument):
             for path in _matching(argument, self._sort):
                 yield from self._file(path)

@@ -1,7 +1,6 @@
 """Where pictures come from."""
 
 import base64
-import io
 import os
 import sys
 import tarfile
@@ -80,13 +79,11 @@ def test_a_star_stays_within_a_name_and_two_do_not(path: str, pattern: str, whet
     assert matches(path.split("/"), pattern.split("/")) is whether
 
 
-def test_lists_of_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_of_paths(folder: Path) -> None:
     (folder / "list.txt").write_bytes(b"a.jpg\r\n\nb/c.PNG\nno\xff.jpg")
 
     assert ids("list.txt") == ["a.jpg", "b/c.PNG", "no\\xff.jpg"]
     assert Inputs(("list.txt",)).count() == 3
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg\nb/c.PNG\n")))
-    assert [item.read() for item in items("-")] == [b"a.jpg", b"b/c.PNG"]
     assert Inputs(("-",)).count() is None
 
 
