@@ -27,6 +27,9 @@ class Progress:
     latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     _marks: deque[tuple[float, int]] = field(default_factory=deque)
 
+    def __post_init__(self) -> None:
+        self._marks.append((self.clock(), 0))
+
     def rate(self) -> float:
         """Rows a second, lately."""
         now = self.clock()
