@@ -3,6 +3,7 @@
     resnet-batch photos/ --output predictions.parquet
     find . -name '*.jpg' | resnet-batch - --output rows/ --url http://gpu:8000 --protocol center
     resnet-batch shard-*.tar --output rows/ --format parquet --bundle bundles/cifar10
+    RAY_ADDRESS=auto resnet-batch s3://photos --output rows/ --bundle /shared/bundle --ray 16
 
 INPUT is a folder, a pattern such as 'photos/**/*.jpg', - (paths on the standard input), a list (.txt, .jsonl, .csv,
 .tsv, .parquet), an archive (.tar, .tgz), one picture, or any of these at an address that fsspec knows (s3://...).
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help="the server (default: $RESNET_CLIENT_URL or http://localhost:8000)")
     where.add_argument("--bundle", metavar="DIR", type=Path, help="classify in this process with this bundle instead")
+    parser.add_argument("--ray", metavar="N", type=_positive, help="in so many actors of Ray, on its cluster or here")
     how = parser.add_argument_group("how")
     how.add_argument("--top-k", type=_positive, default=Job.top_k, help="classes in a row (default: %(default)s)")
     how.add_argument("--protocol", help="which views to average (default: the bundle's own)")

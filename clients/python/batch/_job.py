@@ -5,14 +5,15 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from resnet_ensemble.client._client import AsyncClient
 from resnet_ensemble.client._errors import ConnectionFailedError, ServerError
+from resnet_ensemble.client.batch import _ray
 from resnet_ensemble.client.batch._extras import MissingExtraError
 from resnet_ensemble.client.batch._inputs import PATH_COLUMN, Columns, InputError, Inputs, Item
 from resnet_ensemble.client.batch._output import Output
@@ -39,6 +40,7 @@ class Job:
     - output: a folder for shards, or one file that ends in .jsonl or .parquet
     - url, api_key: the server; by default as for a Client
     - bundle: classify in this process with this bundle instead
+    - ray: do it in so many actors of Ray, each with the server or the bundle
     - top_k, protocol, stop: as in Client.classify
     - columns: names of the columns of lists; root: what relative paths in lists begin from
     - format: of the shards in a folder, "jsonl" or "parquet"; order: of the rows, as they are done or as the inputs
@@ -56,6 +58,7 @@ class Job:
     url: str | None = None
     api_key: str | None = None
     bundle: Path | None = None
+    ray: int | None = None
     top_k: int = 5
     protocol: str | None = None
     stop: str | None = None
@@ -186,7 +189,10 @@ class _Run:
                 elif output.rows:
                     self._tell(f"resuming: there are {output.rows:,} rows already")
                 with self._signals():
-                    await self._classify(client, bundle, output)
+                    if self._job.ray is None:
+                        await self._classify(client, bundle, output)
+                    else:
+                        await self._classify_with_ray(self._job.ray, bundle, output)
                 if self._reason is None:
                     output.finish()
                 return self._summary(output, time.monotonic() - began)
@@ -209,7 +215,7 @@ class _Run:
     async def _classify(self, client: AsyncClient, bundle: str, output: Output) -> None:
         job = self._job
         reader = Reader(self._without_row(Seen(output.ids())), job.max_concurrency + _AHEAD)
-        writer = Writer(output, ordered=job.order == "input", shard_rows=job.shard_rows)
+        writer = self._writer(output)
         sender = Sender(
             client,
             bundle=bundle,
@@ -237,16 +243,54 @@ class _Run:
                 self._halt(f"the rows can't be written: {error}")
 
         self._stop = stop
+        positions = itertools.count()
+        async with self._writing(writer), asyncio.TaskGroup() as group:
+            try:
+                async for item in reader:
+                    group.create_task(one(next(positions), item))
+            except (InputError, MissingExtraError) as error:
+                self._reason = str(error)  # what was read before is finished
+
+    async def _classify_with_ray(self, workers: int, bundle: str, output: Output) -> None:
+        job = self._job
+        work = _ray.Work(
+            url=job.url,
+            api_key=job.api_key,
+            bundle=job.bundle and job.bundle.resolve(),
+            identity=bundle,
+            top_k=job.top_k,
+            protocol=job.protocol,
+            stop=job.stop,
+            max_concurrency=max(1, job.max_concurrency // workers),
+            timeout=job.timeout,
+            patience=job.patience,
+        )
+        items = self._without_row(Seen(output.ids()))
+        reader = Reader(_ray.classify(items, work, workers=workers, ordered=job.order == "input"), _AHEAD)
+        self._stop = reader.stop
+        writer = self._writer(output)
+        async with self._writing(writer):
+            try:
+                async for done in reader:
+                    if done.row is None:
+                        self._halt(str(done.stop))
+                        break
+                    self._count(done.row)
+                    await writer.add(done.position, done.row)
+                    reader.release(1)
+            except (InputError, MissingExtraError) as error:
+                self._reason = str(error)
+
+    def _writer(self, output: Output) -> Writer:
+        return Writer(output, ordered=self._job.order == "input", shard_rows=self._job.shard_rows)
+
+    @asynccontextmanager
+    async def _writing(self, writer: Writer) -> AsyncIterator[None]:
+        """Tell the progress meanwhile, and have every row on the disk afterwards."""
         ticking = asyncio.create_task(self._tick(writer))
         threading.Thread(target=self._count_inputs, name="count", daemon=True).start()
-        positions = itertools.count()
         try:
-            async with asyncio.TaskGroup() as group:
-                try:
-                    async for item in reader:
-                        group.create_task(one(next(positions), item))
-                except (InputError, MissingExtraError) as error:
-                    self._reason = str(error)  # what was read before is finished
+            yield
             await writer.flush()
         except OSError as error:
             self._halt(f"the rows can't be written: {error}")

@@ -1,24 +1,25 @@
-"""Items from a thread of their own, so that a slow disk or a terminal holds up nothing else."""
+"""A blocking stream from a thread of its own, so that a slow disk or a terminal holds up nothing else."""
 
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
+from typing import Generic, TypeVar
 
-from resnet_ensemble.client.batch._inputs import Item
+_T = TypeVar("_T")
 
 
-class Reader:
+class Reader(Generic[_T]):
     """Reads ahead of whoever iterates, by `slots` items that were not given back with `release`."""
 
-    def __init__(self, items: Iterable[Item], slots: int) -> None:
+    def __init__(self, items: Iterable[_T], slots: int) -> None:
         self._items = items
         self._slots = threading.Semaphore(slots)
         self._stopped = False
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Item | Exception | None] = asyncio.Queue()  # None: there are no more
+        self._queue: asyncio.Queue[_T | Exception | None] = asyncio.Queue()  # None: there are no more
 
-    async def __aiter__(self) -> AsyncIterator[Item]:
+    async def __aiter__(self) -> AsyncIterator[_T]:
         """The items. Raises what reading them raised."""
         # A daemon, because nothing can wake a thread that waits for a line from a terminal.
         threading.Thread(target=self._read, name="inputs", daemon=True).start()
@@ -50,6 +51,6 @@ class Reader:
             end = error
         self._put(end)
 
-    def _put(self, entry: Item | Exception | None) -> None:
+    def _put(self, entry: _T | Exception | None) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, entry)
