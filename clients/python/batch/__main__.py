@@ -139,8 +139,8 @@ def _preview(job: Job) -> None:
         print(f"{job.output}: nothing yet")
         return
     print(f"{job.output}: {output.rows:,} rows, {output.errors:,} of them errors, of {begun['bundle']}")
-    # the server is not asked, so its bundle is taken to be the same
-    changed = differences(begun, job.configuration(str(begun["bundle"])))
+    # the server is not asked, so what it serves is taken to be the same
+    changed = differences(begun, job.configuration(begun["bundle"], begun["protocol"], begun["stop"]))
     if changed:
         forced = f"takes these {output.rows:,} rows away and begins again"
         print(f"changed: {'; '.join(changed)}; a run {forced if job.force else 'is refused without --force'}")

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 from resnet_ensemble.client._client import AsyncClient
 from resnet_ensemble.client._errors import ConnectionFailedError, ServerError
+from resnet_ensemble.client._types import Info
 from resnet_ensemble.client.batch import _ray
 from resnet_ensemble.client.batch._extras import MissingExtraError
 from resnet_ensemble.client.batch._inputs import PATH_COLUMN, Columns, InputError, Inputs, Item
@@ -76,15 +77,15 @@ class Job:
     timeout: float = 60.0
     patience: float = 600.0
 
-    def configuration(self, bundle: str) -> dict[str, object]:
-        """What all rows of an output have in common."""
+    def configuration(self, bundle: str, protocol: str, stop: str | None) -> dict[str, object]:
+        """What all rows of an output have in common. `protocol` and `stop` are those of the server, if need be."""
         return {
             "inputs": list(self.inputs),
             "root": self.root,
             "columns": dict(vars(self.columns)),
             "top_k": self.top_k,
-            "protocol": self.protocol,
-            "stop": self.stop,
+            "protocol": self.protocol or protocol,
+            "stop": self.stop or stop,
             "order": self.order,
             "bundle": bundle,
         }
@@ -181,29 +182,32 @@ class _Run:
         began = time.monotonic()
         self._inputs.check()
         async with connect() as client:
-            bundle = await self._bundle(client)
+            served = await self._served(client)
+            configuration = self._job.configuration(served.bundle, served.protocol, served.stop)
             with Output(self._job.output, form=self._job.format) as output:
-                output.begin(self._job.configuration(bundle), force=self._job.force)
+                lost = output.begin(configuration, force=self._job.force)
+                if lost is not None:
+                    self._tell(f"beginning again: {lost}")
                 if self._job.retry_errors:
                     self._tell(f"doing {output.drop_errors():,} inputs again that have error rows")
                 elif output.rows:
                     self._tell(f"resuming: there are {output.rows:,} rows already")
                 with self._signals():
                     if self._job.ray is None:
-                        await self._classify(client, bundle, output)
+                        await self._classify(client, served, output)
                     else:
-                        await self._classify_with_ray(self._job.ray, bundle, output)
+                        await self._classify_with_ray(self._job.ray, served, output)
                 if self._reason is None:
                     output.finish()
                 return self._summary(output, time.monotonic() - began)
 
-    async def _bundle(self, client: AsyncClient) -> str:
+    async def _served(self, client: AsyncClient) -> Info:
         """What the server serves, when it does."""
         latest = time.monotonic() + self._job.patience
         told = False
         while True:
             try:
-                return (await client.info()).bundle
+                return await client.info()
             except (ConnectionFailedError, ServerError) as error:
                 if time.monotonic() > latest:
                     raise
@@ -212,16 +216,17 @@ class _Run:
                     told = True
                 await asyncio.sleep(0.5)
 
-    async def _classify(self, client: AsyncClient, bundle: str, output: Output) -> None:
+    async def _classify(self, client: AsyncClient, served: Info, output: Output) -> None:
         job = self._job
         reader = Reader(self._without_row(Seen(output.ids())), job.max_concurrency + _AHEAD)
         writer = self._writer(output)
         sender = Sender(
             client,
-            bundle=bundle,
+            bundle=served.bundle,
             top_k=job.top_k,
-            protocol=job.protocol,
-            stop=job.stop,
+            # Said with every picture: the server may be started again with other defaults.
+            protocol=job.protocol or served.protocol,
+            stop=job.stop or served.stop,
             max_concurrency=job.max_concurrency,
             patience=job.patience,
             progress=self._progress,
@@ -251,16 +256,16 @@ class _Run:
             except (InputError, MissingExtraError) as error:
                 self._reason = str(error)  # what was read before is finished
 
-    async def _classify_with_ray(self, workers: int, bundle: str, output: Output) -> None:
+    async def _classify_with_ray(self, workers: int, served: Info, output: Output) -> None:
         job = self._job
         work = _ray.Work(
             url=job.url,
             api_key=job.api_key,
             bundle=job.bundle and job.bundle.resolve(),
-            identity=bundle,
+            identity=served.bundle,
             top_k=job.top_k,
-            protocol=job.protocol,
-            stop=job.stop,
+            protocol=job.protocol or served.protocol,
+            stop=job.stop or served.stop,
             max_concurrency=max(1, job.max_concurrency // workers),
             timeout=job.timeout,
             patience=job.patience,

@@ -98,12 +98,12 @@ class Output:
         configuration, self._entries = parse_ledger(ledger.read_bytes())
         return configuration
 
-    def begin(self, configuration: Mapping[str, Any], *, force: bool = False) -> None:
+    def begin(self, configuration: Mapping[str, Any], *, force: bool = False) -> str | None:
         """Begin, or resume what was begun with the same configuration; no other process may until `close`.
 
         - force: begin again when the configuration changed, without the rows that there are
 
-        Raises OutputError.
+        Returns what `force` took away, or None. Raises OutputError.
         """
         ledger = self._folder / LEDGER
         if not ledger.exists():
@@ -112,11 +112,17 @@ class Output:
         self._lock = _locked(self._folder)
         plain = json.loads(json.dumps(configuration))  # as it is when it is read again
         try:
-            if not ledger.exists() or not self._resume(ledger, plain, force):
-                header = json.dumps({"format": VERSION, "configuration": plain}, ensure_ascii=False)
-                self._write_ledger(header.encode() + b"\n")
-                self._entries = []
-                self._remove_what_is_not_live()
+            lost = None
+            if ledger.exists():
+                changed = self._resume(ledger, plain, force)
+                if not changed:
+                    return None
+                lost = f"{self.rows:,} rows are taken away ({changed})"
+            header = json.dumps({"format": VERSION, "configuration": plain}, ensure_ascii=False)
+            self._write_ledger(header.encode() + b"\n")
+            self._entries = []
+            self._remove_what_is_not_live()
+            return lost
         except BaseException:
             self.close()
             raise
@@ -184,16 +190,16 @@ class Output:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _resume(self, ledger: Path, configuration: dict[str, Any], force: bool) -> bool:
-        """Take up what there is; False if it is to be begun again."""
+    def _resume(self, ledger: Path, configuration: dict[str, Any], force: bool) -> str:
+        """Take up what there is, or say what changed, so that it is to be begun again."""
         content = ledger.read_bytes()
         old, self._entries = parse_ledger(content)
-        changed = differences(old, configuration)
+        changed = "; ".join(differences(old, configuration))
         if changed and force:
-            return False
+            return changed
         if changed:
             raise OutputError(
-                f"{self._target} was begun otherwise ({'; '.join(changed)}): use another output, or --force to "
+                f"{self._target} was begun otherwise ({changed}): use another output, or --force to "
                 f"begin again without its {self.rows:,} rows"
             )
         if not content.endswith(b"\n"):
@@ -201,7 +207,7 @@ class Output:
         self._finish_rename()
         self._check_files()
         self._remove_what_is_not_live()
-        return True
+        return ""
 
     def _refuse_what_is_not_ours(self) -> None:
         if self._folder.exists() and not self._folder.is_dir():

@@ -14,7 +14,7 @@ CONNECTION_LOST = "connection_lost"
 
 _FROM_PREDICTION = (
     "label", "index", "probability", "top", "members", "entropy", "mutual_information", "protocol", "stop_rule",
-    "decided", "views_used", "views_planned", "bundle",
+    "certain", "views_used", "views_planned", "bundle",
 )  # fmt: skip
 COLUMNS = ("id", "path", "sha256", *_FROM_PREDICTION, "latency_ms", "error_code", "error_message")
 

@@ -48,12 +48,12 @@ def verdict(error: ResnetError, attempts: int) -> Verdict:
 def _of_status(error: StatusError, attempts: int) -> Verdict:
     if isinstance(error, AuthenticationError) or error.code in ("not_found", "method_not_allowed", "invalid_option"):
         return Verdict.STOP
+    if error.status == 408 or error.code == "deadline_exceeded":
+        return Verdict.REFUSED if attempts < _ATTEMPTS["timeout"] else Verdict.ROW
     if error.status in (502, 504) or error.code == "not_ready":
         return Verdict.AGAIN
     if error.status in (429, 503):
         return Verdict.REFUSED
-    if error.status == 408:
-        return Verdict.REFUSED if attempts < _ATTEMPTS["timeout"] else Verdict.ROW
     if error.status >= 500:
         return Verdict.AGAIN if attempts < _ATTEMPTS["failed"] else Verdict.ROW
     return Verdict.STOP if error.code == "unknown" and error.status == 404 else Verdict.ROW

@@ -84,6 +84,14 @@ def test_another_configuration_or_bundle_is_refused_until_it_is_forced(
     assert len(rows_of(tmp_path / "rows")) == 10
 
 
+def test_what_the_server_does_by_default_is_asked_for_so_that_it_stays(do: Do) -> None:
+    do(limit=3, order="input")
+    with pytest.raises(OutputError, match="protocol: 10crop → flip"):
+        do(protocol="flip", order="input")
+
+    assert do(protocol="10crop", order="input").rows == 7
+
+
 def test_bad_pictures_are_rows_with_the_servers_code(do: Do, pictures: Path, tmp_path: Path) -> None:
     (pictures / "3.jpg").unlink()
     (pictures / "3.jpg").symlink_to(pictures / "gone.jpg")
@@ -131,6 +139,7 @@ def test_too_many_errors_stop_the_job(do: Do, tmp_path: Path) -> None:
         problem(429, "quota_exceeded"),
         problem(503, "not_ready"),
         problem(408, "slow_upload"),
+        problem(504, "deadline_exceeded"),
         problem(500, "internal_error"),
         httpx2.Response(502, text="<html>"),
         httpx2.ConnectError("refused"),
@@ -160,6 +169,7 @@ def test_what_passes_is_waited_for(do: Do, quick: None, failure: Any) -> None:
     ("failure", "code"),
     [
         (problem(500, "engine_failure"), "engine_failure"),
+        (problem(504, "deadline_exceeded"), "deadline_exceeded"),
         (httpx2.ReadTimeout("slow"), "timed_out"),
         (httpx2.RemoteProtocolError("gone"), "connection_lost"),
     ],

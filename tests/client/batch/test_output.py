@@ -168,7 +168,8 @@ def test_force_begins_again(tmp_path: Path, name: str) -> None:
     do(tmp_path / name, ["a", "b"], Disk(), 1, set())
 
     with Output(tmp_path / name) as output:
-        output.begin(CONFIGURATION | {"protocol": "flip"}, force=True)
+        lost = output.begin(CONFIGURATION | {"protocol": "flip"}, force=True)
+        assert lost == "2 rows are taken away (protocol: None → flip)"
         assert output.rows == 0
         output.commit([row("c")])
         output.finish()
@@ -180,7 +181,7 @@ def test_force_deletes_nothing_where_nothing_changed(tmp_path: Path) -> None:
     do(tmp_path / "rows", ["a", "b"], Disk(), 1, set())
 
     with Output(tmp_path / "rows") as output:
-        output.begin(CONFIGURATION, force=True)
+        assert output.begin(CONFIGURATION, force=True) is None
         assert output.rows == 2
 
 
