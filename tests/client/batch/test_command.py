@@ -231,15 +231,12 @@ def test_killed_three_times_with_a_restart_of_the_server_every_input_has_one_row
     assert {row["label"] for row in rows if int(Path(row["id"]).stem) % 256 == 255} == {"truck"}
 
 
-def test_a_server_with_a_short_queue_does_not_fail_the_job(tmp_path: Path, png: Png) -> None:
-    settings = Settings(max_wait_seconds=0.03, streams=2)
+def test_a_server_with_a_short_queue_does_not_fail_the_job(tmp_path: Path, png: Png, pair: Bundle) -> None:
+    settings = Settings(bundle=pair.path, max_wait_seconds=0.03, streams=2)
 
     @asynccontextmanager
     async def connect() -> AsyncIterator[AsyncClient]:
-        engines: Callable[..., Any] = lambda bundle, _: [  # noqa: E731
-            FakeEngine(10, seconds_per_view=0.001) for _ in bundle.manifest.members
-        ]
-        app = create_app(Service(settings, open_with=engines))
+        app = create_app(Service(settings, open_with=lambda *_: FakeEngine(10, seconds_per_view=0.001)))
         async with (
             app.router.lifespan_context(app),
             httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as http,
