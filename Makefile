@@ -49,7 +49,7 @@ $(SERVE)/installed: pyproject.toml constraints.txt
 
 $(DEV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEV)
-	$(DEV)/bin/python $(PIP) --editable '.[server,cpu,openvino,train,export,dev]'
+	$(DEV)/bin/python $(PIP) --editable '.[server,cpu,openvino,train,export,batch,dev]'
 	touch $@
 
 # The servers that ours is measured beside, in an environment of their own.

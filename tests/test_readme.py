@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from resnet_ensemble.client.batch import COLUMNS
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.server.errors import KINDS
 from tests.server.test_process import process, wait_until_ready
@@ -41,7 +42,7 @@ def run(command: list[str], root: Path) -> str:
 def without_times(answer: Any) -> Any:
     """An answer without what differs between runs and, in the last digits, between CPUs."""
     if isinstance(answer, dict):
-        return {k: without_times(v) for k, v in answer.items() if k not in ("timings_ms", "request_id")}
+        return {k: without_times(v) for k, v in answer.items() if k not in ("timings_ms", "latency_ms", "request_id")}
     if isinstance(answer, list):
         return [without_times(entry) for entry in answer]
     return round(answer, 2) if isinstance(answer, float) else answer
@@ -49,7 +50,11 @@ def without_times(answer: Any) -> Any:
 
 def test_every_curl_prints_the_answer_that_is_shown(readme: str, root: Path, server: str) -> None:
     pairs = zip(blocks(readme), blocks(readme)[1:], strict=False)
-    shown = [(sh, answer) for (kind, sh), (next_kind, answer) in pairs if kind == "sh" and next_kind == "json"]
+    shown = [
+        (sh, answer)
+        for (kind, sh), (next_kind, answer) in pairs
+        if (kind, next_kind) == ("sh", "json") and sh.startswith("curl")
+    ]
 
     assert shown
     for command, answer in shown:
@@ -59,9 +64,25 @@ def test_every_curl_prints_the_answer_that_is_shown(readme: str, root: Path, ser
 
 def test_the_python_prints_what_is_shown(readme: str, root: Path, server: str) -> None:
     pairs = zip(blocks(readme), blocks(readme)[1:], strict=False)
-    ((code, printed),) = [(a, b) for (kind, a), (next_kind, b) in pairs if (kind, next_kind) == ("python", "text")]
+    shown = [(a, b) for (kind, a), (next_kind, b) in pairs if (kind, next_kind) == ("python", "text")]
 
-    assert run([sys.executable, "-c", code.replace("localhost:8000", server)], root) == printed
+    assert len(shown) == 2
+    for code, printed in shown:
+        assert run([sys.executable, "-c", code.replace("localhost:8000", server)], root) == printed
+
+
+def test_the_job_gives_the_row_that_is_shown(readme: str, root: Path, server: str, tmp_path: Path) -> None:
+    pairs = zip(blocks(readme), blocks(readme)[1:], strict=False)
+    ((command, shown),) = [(sh, row) for (_, sh), (kind, row) in pairs if sh.startswith("resnet-batch")]
+    (tmp_path / "bundles").symlink_to(root / "bundles")
+    command = command.replace("localhost:8000", server).replace(
+        "resnet-batch", f"{sys.executable} -m resnet_ensemble.client.batch"
+    )
+
+    printed = run(["bash", "-c", command], tmp_path)
+
+    assert without_times(json.loads(printed)) == without_times(json.loads(shown))
+    assert list(json.loads(shown)) == list(COLUMNS)
 
 
 def test_every_make_target_that_is_named_exists(readme: str, root: Path) -> None:
@@ -74,11 +95,12 @@ def test_every_make_target_that_is_named_exists(readme: str, root: Path) -> None
 
 def test_every_script_that_is_named_explains_itself(readme: str, root: Path) -> None:
     readme += (root / "training" / "README.md").read_text()
-    scripts = set(re.findall(r"python ((?:training|export|benchmarks)/\w+\.py)", readme))
+    scripts = set(re.findall(r"python ((?:training|export|benchmarks|clients/examples)/\w+\.py)", readme))
     modules = set(re.findall(r"python -m ((?:resnet_ensemble|benchmarks)[\w.]+)", readme))
 
     assert {"export/build_engines.py", "training/evaluate.py", "benchmarks/loading.py"} <= scripts
     assert {"resnet_ensemble.server", "benchmarks.serving"} <= modules
+    modules |= {"resnet_ensemble.client", "resnet_ensemble.client.batch"}  # resnet-classify and resnet-batch
     for command in [[script] for script in scripts] + [["-m", module] for module in modules]:
         assert "usage:" in run([sys.executable, *command, "--help"], root)
 

@@ -21,17 +21,18 @@ class ClassProbability:
 
 @dataclass(frozen=True)
 class MemberVote:
-    """What one member of the ensemble alone would answer."""
+    """What one member of the ensemble alone would answer, by the `views` that it was given."""
 
     member: str
     label: str
     index: int
     probability: float
+    views: int | None = None
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Self:
         """From the server's JSON."""
-        return cls(answer["member"], answer["label"], answer["index"], answer["probability"])
+        return cls(answer["member"], answer["label"], answer["index"], answer["probability"], answer.get("views"))
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Prediction:
     - views_used, views_planned: views evaluated, and views that the protocol has, over all members
     - bundle: name, version and hash of the models that answered
     - stop_rule: which rule ended the evaluation
-    - decided: whether the label is provably the full ensemble's
+    - certain: whether the label is provably that of all planned views; certain_top5: whether the five first ones are
     - entropy: of the averaged probabilities, in nats; mutual_information: how much the members disagree, in nats
     - timings_ms: the server's milliseconds by stage
     - request_id: what to quote when asking about this answer
@@ -61,7 +62,8 @@ class Prediction:
     timings_ms: Mapping[str, float]
     request_id: str
     stop_rule: str | None = None
-    decided: bool | None = None
+    certain: bool | None = None
+    certain_top5: bool | None = None
     entropy: float | None = None
     mutual_information: float | None = None
 
@@ -81,7 +83,8 @@ class Prediction:
             timings_ms=dict(answer["timings_ms"]),
             request_id=request_id,
             stop_rule=answer.get("stop_rule"),
-            decided=answer.get("decided"),
+            certain=answer.get("certain"),
+            certain_top5=answer.get("certain_top5"),
             entropy=answer.get("entropy"),
             mutual_information=answer.get("mutual_information"),
         )
@@ -89,7 +92,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Info:
-    """What a server serves. `protocols`: every protocol and its views a member."""
+    """What a server serves.
+
+    - protocol, stop: what counts where a request does not say it
+    - protocols: every protocol and its views a member
+    """
 
     bundle: str
     version: str
@@ -97,6 +104,7 @@ class Info:
     protocol: str
     protocols: Mapping[str, int]
     members: tuple[str, ...]
+    stop: str | None = None
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Self:
@@ -108,4 +116,5 @@ class Info:
             protocol=answer["protocol"],
             protocols=dict(answer["protocols"]),
             members=tuple(member["name"] for member in answer["members"]),
+            stop=answer.get("stop"),
         )

@@ -155,12 +155,12 @@ def test_only_the_options_that_are_given_are_sent(scripted: Scripted, png: Png) 
 
 
 def test_what_a_newer_server_tells_is_typed_and_what_an_older_one_lacks_is_none(scripted: Scripted, png: Png) -> None:
-    client, _ = scripted(ok(), ok(entropy=0.5, mutual_information=0.1, decided=True, stop_rule="exact"))
+    client, _ = scripted(ok(), ok(entropy=0.5, mutual_information=0.1, certain=True, stop_rule="exact"))
 
     old, new = client.classify(png()), client.classify(png())
 
-    assert (old.entropy, old.mutual_information, old.decided, old.stop_rule) == (None,) * 4
-    assert (new.entropy, new.mutual_information, new.decided, new.stop_rule) == (0.5, 0.1, True, "exact")
+    assert (old.entropy, old.mutual_information, old.certain, old.stop_rule) == (None,) * 4
+    assert (new.entropy, new.mutual_information, new.certain, new.stop_rule) == (0.5, 0.1, True, "exact")
 
 
 def test_info_tells_what_is_served(connected: Either) -> None:
@@ -399,7 +399,7 @@ def test_the_servers_retry_after_is_honoured(scripted: Scripted, png: Png, waits
 
 
 def test_a_retry_that_would_come_too_late_is_given_up_at_once(scripted: Scripted, png: Png, waits: list[float]) -> None:
-    answer = problem(503, "overloaded", **{"Retry-After": "50"})
+    answer = problem(503, "overloaded", **{"Retry-After": "40"})
     default, _ = scripted(answer, ok())
     hasty, requests = scripted(answer, retry_seconds=10)
 
@@ -407,7 +407,7 @@ def test_a_retry_that_would_come_too_late_is_given_up_at_once(scripted: Scripted
     with pytest.raises(sdk.OverloadedError) as caught:
         hasty.classify(png())
 
-    assert caught.value.retry_after == 50
+    assert caught.value.retry_after == 40
     assert (len(requests), len(waits)) == (1, 1)
 
 

@@ -1,0 +1,248 @@
+"""Where pictures come from."""
+
+import base64
+import os
+import sys
+import tarfile
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from resnet_ensemble.client.batch import Columns, InputError, MissingExtraError
+from resnet_ensemble.client.batch._inputs import Inputs, Item, matches
+from resnet_ensemble.client.batch._selection import Seen, sampled
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """a.jpg, b/c.PNG, b/d/e.jpeg, a text file and a hidden one; it is the current folder."""
+    for name in ("a.jpg", "b/c.PNG", "b/d/e.jpeg", "b/notes.txt", "b/.hidden.jpg", ".hidden/f.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def items(*arguments: str, **options: Any) -> list[Item]:
+    return list(Inputs(arguments, sort=True, **options))
+
+
+def ids(*arguments: str, **options: Any) -> list[str]:
+    return [item.id for item in items(*arguments, **options)]
+
+
+def test_a_folder_gives_its_pictures_and_those_of_the_folders_in_it(folder: Path) -> None:
+    inputs = Inputs(("b",), sort=True)
+
+    assert [(item.id, item.read()) for item in inputs] == [("b/c.PNG", b"b/c.PNG"), ("b/d/e.jpeg", b"b/d/e.jpeg")]
+    assert inputs.left_out == 1
+    assert inputs.count() == 2
+    assert sorted(item.id for item in Inputs((".",))) == ["./a.jpg", "./b/c.PNG", "./b/d/e.jpeg"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*.jpg", ["a.jpg"]),
+        ("b/*", ["b/c.PNG"]),
+        ("b/**/*.jpeg", ["b/d/e.jpeg"]),
+        ("**/*.jp*g", ["a.jpg", "b/d/e.jpeg"]),
+        ("b/?.PNG", ["b/c.PNG"]),
+        ("b/[cx].*", ["b/c.PNG"]),
+        ("nothing/*.jpg", []),
+    ],
+)
+def test_a_pattern_gives_what_matches(folder: Path, pattern: str, found: list[str]) -> None:
+    (folder / "b" / "notes.txt").unlink()  # a list, which would be read as one
+
+    assert ids(pattern) == found
+    assert sorted(ids(f"{folder}/{pattern}")) == sorted(f"{folder}/{name}" for name in found)
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "whether"),
+    [
+        ("a/b/c", "a/**/c", True),
+        ("a/c", "a/**/c", True),
+        ("a/b/c", "**", True),
+        ("a/b/c", "a/*", False),
+        ("a/b", "a?b", False),
+        ("A", "a", False),
+    ],
+)
+def test_a_star_stays_within_a_name_and_two_do_not(path: str, pattern: str, whether: bool) -> None:
+    assert matches(path.split("/"), pattern.split("/")) is whether
+
+
+def test_lists_of_paths(folder: Path) -> None:
+    (folder / "list.txt").write_bytes(b"a.jpg\r\n\nb/c.PNG\nno\xff.jpg")
+
+    assert ids("list.txt") == ["a.jpg", "b/c.PNG", "no\\xff.jpg"]
+    assert Inputs(("list.txt",)).count() == 3
+    assert Inputs(("-",)).count() is None
+
+
+def test_relative_paths_begin_from_the_root(folder: Path) -> None:
+    (folder / "list.txt").write_text(f"c.PNG\n{folder}/a.jpg\n")
+
+    assert [(item.id, item.read()) for item in items("list.txt", root="b/")] == [
+        ("c.PNG", b"b/c.PNG"),
+        (f"{folder}/a.jpg", b"a.jpg"),
+    ]
+
+
+def test_jsonl_with_paths_ids_bytes_and_bad_lines(folder: Path) -> None:
+    content = base64.b64encode(b"bytes").decode()
+    (folder / "list.jsonl").write_text(
+        f'{{"path": "a.jpg", "name": 7}}\n\n{{"name": "x", "data": "{content}"}}\n'
+        'no json\n{"path": "a.jpg"}\n{"name": "y"}\n[]\n{"name": "z", "data": "?"}\n'
+    )
+
+    found = items("list.jsonl", columns=Columns("path", "data", "name"))
+
+    assert [item.id for item in found] == ["7", "x", "list.jsonl:4", "list.jsonl:5", "y", "list.jsonl:7", "z"]
+    assert [item.read() for item in found[:2]] == [b"a.jpg", b"bytes"]
+    for item, problem in zip(
+        found[2:], ["not JSON", "column name", "data or path", "no columns", "base64"], strict=True
+    ):
+        with pytest.raises(OSError, match=problem):
+            item.read()
+
+
+@pytest.mark.parametrize(("name", "separator"), [("list.csv", ","), ("list.tsv", "\t")])
+def test_tables_of_text(folder: Path, name: str, separator: str) -> None:
+    (folder / name).write_text(f"\ufefffile{separator}label\na.jpg{separator}cat\n{separator}dog\n")
+
+    found = items(name, columns=Columns("file"))
+
+    assert found[0].read() == b"a.jpg"
+    assert found[1].problem == f"{name}:3 has no value in the column file"
+    with pytest.raises(InputError, match=rf"{name} has no column path; it has file, label"):
+        items(name)
+
+
+def test_parquet_with_paths_or_bytes(folder: Path) -> None:
+    images = [{"bytes": b"one", "path": "1.jpg"}, {"bytes": None, "path": "a.jpg"}, None]
+    pq.write_table(
+        pa.table({"path": ["a.jpg", None, "a.jpg"], "raw": [b"x", b"y", None], "image": images}), "t.parquet"
+    )
+
+    assert [item.read() for item in items("t.parquet")[:1]] == [b"a.jpg"]
+    raw = items("t.parquet", columns=Columns("path", "raw"))
+    assert [(item.id, item.read()) for item in raw] == [("a.jpg", b"x"), ("t.parquet:1", b"y"), ("a.jpg", b"a.jpg")]
+    hugging = items("t.parquet", columns=Columns("none", "image"))
+    assert [(item.id, item.problem or item.read()) for item in hugging] == [
+        ("1.jpg", b"one"),
+        ("a.jpg", b"a.jpg"),
+        ("t.parquet:2", "t.parquet:2 has no value in the column image or none"),
+    ]
+    assert Inputs(("t.parquet",)).count() == 3
+    with pytest.raises(InputError, match=r"t.parquet has no column x; it has path, raw, image"):
+        items("t.parquet", columns=Columns("x"))
+
+
+@pytest.mark.parametrize(("name", "mode"), [("s.tar", "w"), ("s.tar.gz", "w:gz"), ("s.tgz", "w:gz")])
+def test_archives(folder: Path, name: str, mode: Any) -> None:
+    with tarfile.open(name, mode) as archive:
+        for member in ("a.jpg", "b/c.PNG", "b/notes.txt"):
+            archive.add(member)
+        archive.addfile(tarfile.TarInfo("empty.jpg"))
+
+    inputs = Inputs((name,))
+
+    assert [(item.id, item.content) for item in inputs] == [
+        (f"{name}/a.jpg", b"a.jpg"),
+        (f"{name}/b/c.PNG", b"b/c.PNG"),
+        (f"{name}/empty.jpg", b""),
+    ]
+    assert inputs.left_out == 1
+    assert inputs.count() is None
+
+
+def test_a_damaged_archive_is_told(folder: Path) -> None:
+    (folder / "s.tar").write_bytes(b"x" * 2000)
+
+    with pytest.raises(InputError, match=r"s\.tar can't be read further"):
+        items("s.tar")
+
+
+def test_pictures_are_arguments_too(folder: Path) -> None:
+    assert ids("b/c.PNG", "a.jpg") == ["b/c.PNG", "a.jpg"]
+
+
+def test_addresses_are_read_with_fsspec(folder: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/photos/a.jpg": b"A", "/photos/in/b.png": b"B", "/photos/c.txt": b"memory://photos/a.jpg\n"})
+    try:
+        found = items("memory://photos")
+        assert [(item.id, item.read()) for item in found] == [
+            ("memory:///photos/a.jpg", b"A"),
+            ("memory:///photos/in/b.png", b"B"),
+        ]
+        assert [item.read() for item in items("memory://photos/c.txt")] == [b"A"]
+        assert [item.read() for item in items("memory:///photos/**/*.png")] == [b"B"]
+        assert Inputs(("memory://photos",)).count() is None
+    finally:
+        memory.rm("/photos", recursive=True)
+
+
+def test_a_package_that_is_missing_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+
+    with pytest.raises(MissingExtraError, match=r"s3://x needs fsspec.*pip install 'resnet-ensemble\[batch\]'"):
+        Inputs(("s3://x",)).check()
+
+
+@pytest.mark.parametrize("kind", ["list.txt", "list.jsonl", "list.csv", "s.tar", "folder"])
+def test_nothing_is_listed_whole(folder: Path, kind: str) -> None:
+    """Memory while 5,000 inputs pass is that of a few hundred."""
+    write: dict[str, Callable[[], object]] = {
+        "list.txt": lambda: (folder / kind).write_text("".join(f"{n}.jpg\n" for n in range(5_000))),
+        "list.jsonl": lambda: (folder / kind).write_text("".join(f'{{"path": "{n}.jpg"}}\n' for n in range(5_000))),
+        "list.csv": lambda: (folder / kind).write_text("path\n" + "".join(f"{n}.jpg\n" for n in range(5_000))),
+        "s.tar": lambda: _archive(folder / kind, 5_000),
+        "folder": lambda: [(folder / kind).mkdir(), *(os.mknod(folder / kind / f"{n}.jpg") for n in range(5_000))],
+    }
+    write[kind]()
+    passing = iter(Inputs((kind,)))
+    next(passing)
+
+    tracemalloc.start()
+    assert sum(1 for _ in passing) == 4_999
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert most < 400_000
+
+
+def _archive(path: Path, members: int) -> None:
+    header = [tarfile.TarInfo(f"{n}.jpg").tobuf() for n in range(members)]
+    path.write_bytes(b"".join(header) + bytes(1024))
+
+
+# Which of them
+
+
+def named(count: int) -> Iterator[Item]:
+    return (Item(f"{n}.jpg", f"{n}.jpg") for n in range(count))
+
+
+def test_a_sample_is_the_same_in_any_order() -> None:
+    chosen = {item.id for item in sampled(named(2000), 0.1)}
+
+    assert 150 < len(chosen) < 250
+    assert {item.id for item in sampled(reversed(list(named(2000))), 0.1)} == chosen
+    assert len(list(sampled(named(10), None))) == len(list(sampled(named(10), 1.0))) == 10
+
+
+def test_seen_ids_are_known() -> None:
+    seen = Seen(["a", "b"])
+
+    assert [seen.add(id) for id in ("a", "c", "c", "b")] == [False, True, False, False]

@@ -1,0 +1,371 @@
+"""Jobs against a server that is a function."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from resnet_ensemble.client import ConnectionFailedError, ResnetError
+from resnet_ensemble.client.batch import COLUMNS, InputError, Job, OutputError, Progress, Summary, run
+from resnet_ensemble.client.batch import _job as job_module
+from resnet_ensemble.client.batch import _sender as sender_module
+from tests.client.batch.conftest import answered, problem, rows_of, server
+
+Do = Callable[..., Summary]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another attempt comes soon."""
+    monkeypatch.setattr(sender_module, "delay", lambda retry, asked: 0.001)
+
+
+def test_every_picture_has_one_row(do: Do, tmp_path: Path) -> None:
+    summary = do()
+
+    rows = {row["id"]: row for row in rows_of(tmp_path / "rows")}
+    assert len(rows) == summary.rows == summary.total_rows == 10
+    assert all(rows[f"{tmp_path}/pictures/{n}.jpg"]["label"] == f"picture {n}" for n in range(10))
+    assert all(tuple(row) == COLUMNS for row in rows.values())
+    assert (summary.exit_code, summary.errors, summary.stopped) == (0, 0, None)
+    assert (summary.views_used, summary.views_planned) == (50, 200)
+    assert [len(rows_of(file)) for file in summary.files] == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_rows_go_into_one_file(do: Do, tmp_path: Path, name: str) -> None:
+    summary = do(output=tmp_path / name, order="input")
+
+    assert [row["label"] for row in rows_of(tmp_path / name)] == [f"picture {number}" for number in range(10)]
+    assert summary.files == (tmp_path / name,)
+
+
+def test_the_same_job_again_does_nothing(do: Do, tmp_path: Path) -> None:
+    do()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()}
+
+    summary = do(lambda _: pytest.fail("nothing is to be sent"))
+
+    assert (summary.rows, summary.skipped, summary.total_rows, summary.exit_code) == (0, 10, 10, 0)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()} == before
+
+
+def test_new_pictures_are_added(do: Do, pictures: Path, tmp_path: Path) -> None:
+    do(output=tmp_path / "rows.jsonl")
+    (pictures / "new.jpg").write_text("new")
+
+    summary = do(output=tmp_path / "rows.jsonl")
+
+    assert (summary.rows, summary.total_rows) == (1, 11)
+    assert len({row["id"] for row in rows_of(tmp_path / "rows.jsonl")}) == 11
+
+
+@pytest.mark.parametrize("change", [{"top_k": 1}, {"protocol": "flip"}, {"stop": "exact"}, {"bundle": "other-1-1"}])
+def test_another_configuration_or_bundle_is_refused_until_it_is_forced(
+    do: Do, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    do()
+
+    def predict(content: bytes) -> httpx2.Response:
+        return answered(content, bundle=change.get("bundle", "cifar10-2-0"))
+
+    with pytest.raises(OutputError, match=next(iter(change))):
+        do(predict, **change)
+    assert do(predict, force=True, **change).rows == 10
+    assert len(rows_of(tmp_path / "rows")) == 10
+
+
+def test_what_the_server_does_by_default_is_asked_for_so_that_it_stays(do: Do) -> None:
+    do(limit=3, order="input")
+    with pytest.raises(OutputError, match="protocol: 10crop → flip"):
+        do(protocol="flip", order="input")
+
+    assert do(protocol="10crop", order="input").rows == 7
+
+
+def test_bad_pictures_are_rows_with_the_servers_code(do: Do, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "3.jpg").unlink()
+    (pictures / "3.jpg").symlink_to(pictures / "gone.jpg")
+
+    def predict(content: bytes) -> httpx2.Response:
+        return problem(422, "corrupt_image") if content == b"picture 5" else answered(content)
+
+    summary = do(predict, order="input")
+
+    rows = rows_of(tmp_path / "rows")
+    assert [row["error_code"] for row in rows] == [None] * 3 + ["unreadable", None, "corrupt_image"] + [None] * 4
+    assert "No such file" in rows[3]["error_message"]
+    assert rows[5]["error_message"] == "it is corrupt_image"
+    assert rows[5]["sha256"]
+    assert (summary.errors, summary.exit_code) == (2, 3)
+    assert do(predict, order="input").exit_code == 3  # the rows are still there
+
+
+def test_error_rows_are_done_again_when_asked_for(do: Do, tmp_path: Path) -> None:
+    bad = {b"picture 5", b"picture 6"}
+
+    def predict(content: bytes) -> httpx2.Response:
+        return problem(422, "corrupt_image") if content in bad else answered(content)
+
+    do(predict)
+    bad.clear()
+    summary = do(predict, retry_errors=True)
+
+    assert (summary.rows, summary.total_rows, summary.total_errors, summary.exit_code) == (2, 10, 0, 0)
+    assert len({row["id"] for row in rows_of(tmp_path / "rows")}) == len(rows_of(tmp_path / "rows")) == 10
+
+
+def test_too_many_errors_stop_the_job(do: Do, tmp_path: Path) -> None:
+    summary = do(lambda _: problem(422, "corrupt_image"), max_errors=2, max_concurrency=1)
+
+    assert summary.exit_code == 1
+    assert "more than 2 error rows" in str(summary.stopped)
+    assert 3 <= summary.total_errors == len(rows_of(tmp_path / "rows")) < 10
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        problem(503, "overloaded", **{"Retry-After": "1"}),
+        problem(429, "quota_exceeded"),
+        problem(503, "not_ready"),
+        problem(408, "slow_upload"),
+        problem(504, "deadline_exceeded"),
+        problem(500, "internal_error"),
+        httpx2.Response(502, text="<html>"),
+        httpx2.ConnectError("refused"),
+        httpx2.ReadTimeout("slow"),
+        httpx2.RemoteProtocolError("gone"),
+    ],
+    ids=str,
+)
+def test_what_passes_is_waited_for(do: Do, quick: None, failure: Any) -> None:
+    seen: Counter[bytes] = Counter()
+
+    def predict(content: bytes) -> httpx2.Response:
+        seen[content] += 1
+        if seen[content] <= 2:
+            if isinstance(failure, Exception):
+                raise failure
+            return httpx2.Response(failure.status_code, content=failure.content, headers=failure.headers)
+        return answered(content)
+
+    summary = do(predict)
+
+    assert (summary.rows, summary.errors, summary.exit_code) == (10, 0, 0)
+    assert summary.requests == 30
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (problem(500, "engine_failure"), "engine_failure"),
+        (problem(504, "deadline_exceeded"), "deadline_exceeded"),
+        (httpx2.ReadTimeout("slow"), "timed_out"),
+        (httpx2.RemoteProtocolError("gone"), "connection_lost"),
+    ],
+    ids=str,
+)
+def test_what_fails_with_one_picture_again_and_again_is_its_row(
+    do: Do, quick: None, tmp_path: Path, failure: Any, code: str
+) -> None:
+    def predict(content: bytes) -> httpx2.Response:
+        if content != b"picture 5":
+            return answered(content)
+        if isinstance(failure, Exception):
+            raise failure
+        return httpx2.Response(failure.status_code, content=failure.content)
+
+    assert do(predict).errors == 1
+    assert [row["error_code"] for row in rows_of(tmp_path / "rows") if row["error_code"]] == [code]
+
+
+@pytest.mark.parametrize("failure", [problem(503, "overloaded"), httpx2.ConnectError("refused")], ids=str)
+def test_a_server_that_stays_away_ends_the_job_and_makes_no_error_rows(do: Do, quick: None, failure: Any) -> None:
+    def predict(content: bytes) -> httpx2.Response:
+        if isinstance(failure, Exception):
+            raise failure
+        return httpx2.Response(failure.status_code, content=failure.content)
+
+    summary = do(predict, patience=0.05)
+
+    assert (summary.total_rows, summary.exit_code) == (0, 1)
+    assert "nothing was answered for 0.05 s" in str(summary.stopped)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [problem(422, "invalid_option"), problem(401, "unauthorized"), httpx2.Response(200, text="<html>hello")],
+    ids=["a wrong option", "a wrong key", "another server"],
+)
+def test_what_would_fail_with_every_picture_ends_the_job(do: Do, failure: httpx2.Response) -> None:
+    summary = do(lambda _: httpx2.Response(failure.status_code, content=failure.content))
+
+    assert (summary.total_rows, summary.exit_code) == (0, 1)
+    assert summary.requests < 10 + 1
+
+
+def test_a_bundle_that_changes_meanwhile_ends_the_job_before_rows_are_mixed(do: Do, tmp_path: Path) -> None:
+    seen = []
+
+    def predict(content: bytes) -> httpx2.Response:
+        seen.append(content)
+        return answered(content) if len(seen) <= 4 else answered(content, bundle="cifar10-3-1")
+
+    summary = do(predict, max_concurrency=1)
+
+    assert "changed from cifar10-2-0 to cifar10-3-1" in str(summary.stopped)
+    assert {row["bundle"] for row in rows_of(tmp_path / "rows")} == {"cifar10-2-0"}
+    assert summary.total_rows == 4
+
+
+def test_nobody_at_the_url_is_an_error_after_the_patience(tmp_path: Path, pictures: Path) -> None:
+    told: list[str] = []
+
+    with pytest.raises(ConnectionFailedError):
+        run(Job((str(pictures),), tmp_path / "rows", url="http://localhost:9", patience=0), tell=told.append)
+    assert not (tmp_path / "rows").exists()
+
+
+def test_the_order_of_the_inputs_is_kept_although_answers_come_otherwise(do: Do, tmp_path: Path) -> None:
+    async def predict(content: bytes) -> httpx2.Response:
+        await asyncio.sleep(0.05 if content == b"picture 0" else 0.0)
+        return answered(content)
+
+    do(predict, order="input")
+
+    assert [row["label"] for row in rows_of(tmp_path / "rows")] == [f"picture {number}" for number in range(10)]
+
+
+def test_limit_and_sample_take_a_part_and_later_more(do: Do, tmp_path: Path) -> None:
+    assert do(limit=4, order="input").total_rows == 4
+    assert do(limit=6, order="input").rows == 2
+    assert do(order="input").total_rows == 10
+
+    half = do(sample=0.5, output=tmp_path / "half").total_rows
+    assert 0 < half < 10
+    assert do(sample=0.5, output=tmp_path / "half").rows == 0
+
+
+def test_an_input_that_is_named_twice_has_one_row(do: Do, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{pictures}/1.jpg\n{pictures}/2.jpg\n{pictures}/1.jpg\n")
+
+    summary = do(inputs=(str(tmp_path / "list.txt"),))
+
+    assert (summary.rows, summary.skipped) == (2, 1)
+
+
+def test_a_list_that_breaks_off_ends_the_job_and_keeps_its_rows(do: Do, tmp_path: Path) -> None:
+    (tmp_path / "broken.tar").write_bytes(b"no archive" * 100)
+
+    summary = do(inputs=(str(tmp_path / "pictures"), str(tmp_path / "broken.tar")))
+
+    assert summary.exit_code == 1
+    assert "broken.tar can't be read further" in str(summary.stopped)
+    assert summary.total_rows == 10
+
+
+def test_an_input_that_is_nothing_is_told_before_anything_happens(do: Do, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no/such/folder is no file or folder here"):
+        do(inputs=("no/such/folder",))
+    assert not (tmp_path / "rows").exists()
+
+
+def test_a_full_disk_ends_the_job(do: Do, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_ensemble.client.batch._disk import Disk
+
+    really_append = Disk.append
+    monkeypatch.setattr(Disk, "append", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    summary = do()
+    monkeypatch.setattr(Disk, "append", really_append)
+
+    assert summary.exit_code == 1
+    assert "the rows can't be written: [Errno 28]" in str(summary.stopped)
+    assert do().total_rows == 10
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_what_is_in_flight_and_a_rerun_the_rest(
+    do: Do, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    started = []
+
+    async def predict(content: bytes) -> httpx2.Response:
+        started.append(content)
+        if len(started) == 4:
+            os.kill(os.getpid(), number)
+        await asyncio.sleep(0.05)
+        return answered(content)
+
+    summary = do(predict, max_concurrency=2)
+
+    assert summary.exit_code == code
+    assert summary.total_rows == len(rows_of(tmp_path / "rows")) == len(started) < 10
+    assert do(answered).total_rows == 10
+
+
+def test_a_signal_does_not_wait_for_what_waits(do: Do) -> None:
+    def predict(content: bytes) -> httpx2.Response:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start() if content == b"picture 3" else None
+        return problem(503, "overloaded", **{"Retry-After": "30"})
+
+    began = time.monotonic()
+    assert do(predict, order="input").exit_code == 130
+    assert time.monotonic() - began < 5
+
+
+def test_the_limit_of_a_server_is_found_and_its_refusals_cost_nothing(do: Do, quick: None, tmp_path: Path) -> None:
+    names = tmp_path / "names.jsonl"
+    names.write_text("".join(f'{{"path": "{n}", "bytes": "cGljdHVyZQ=="}}\n' for n in range(600)))
+    in_flight = 0
+
+    async def predict(content: bytes) -> httpx2.Response:
+        nonlocal in_flight
+        if in_flight >= 6:
+            return problem(503, "overloaded", **{"Retry-After": "1"})
+        in_flight += 1
+        await asyncio.sleep(0.003)
+        in_flight -= 1
+        return answered(content)
+
+    summary = do(predict, inputs=(str(names),), columns=replace(Job.columns, content="bytes"), shard_rows=1000)
+
+    assert (summary.total_rows, summary.errors) == (600, 0)
+    assert 0 < summary.refusals < 0.06 * summary.requests
+
+
+def test_progress_is_told(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(job_module, "_TICK", 0.01)
+
+    async def predict(content: bytes) -> httpx2.Response:
+        await asyncio.sleep(0.03)
+        return answered(content)
+
+    def keep(progress: Progress) -> None:
+        lines.append(progress.line())
+
+    run(Job((str(pictures),), tmp_path / "rows", max_concurrency=2), on_progress=keep, connect=server(predict))
+
+    assert lines[-1].startswith("10/10 (100.0%)")
+    assert all(word in lines[-1] for word in ("/s", "errors 0", "p50 ", "p95 ", "views saved 75%", "in flight 0"))
+    assert len(lines) > 3
+
+
+def test_a_mistake_of_ours_is_not_hidden(do: Do) -> None:
+    def predict(content: bytes) -> httpx2.Response:
+        raise ZeroDivisionError
+
+    with pytest.raises(ExceptionGroup) as caught:
+        do(predict)
+    assert caught.group_contains(ZeroDivisionError)
+    assert not issubclass(ZeroDivisionError, ResnetError)
