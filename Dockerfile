@@ -1,4 +1,4 @@
-# The server, on a CPU, or with the CUDA libraries that no engine of ours uses yet (--target gpu):
+# The server, on a CPU, or with ONNX Runtime for NVIDIA GPUs (--target gpu; not yet run on one):
 #   docker build --target cpu -t resnet-ensemble .
 #   docker run -p 8000:8000 resnet-ensemble
 # Nothing is fetched at start: the CIFAR-10 bundle is inside. For another one: -v DIR:/bundle -e RESNET_BUNDLE=/bundle

@@ -3,6 +3,8 @@
 #   make test    set up what tests need and run all of them
 #   make check   lint, format and types
 #   make bench   this server beside others; ARGS="bundles/mine --images PHOTOS" for another bundle
+#   make gpu-check        what of this holds on this host's NVIDIA GPU: a report in build/
+#   make types-tensorrt   the TensorRT files against the real bindings of TensorRT 11.4; needs a C compiler, no GPU
 PORT ?= 8000
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -11,7 +13,7 @@ SERVE = .venv-serve
 DEV = .venv
 PEERS = .venv-peers
 
-.PHONY: serve install test check bench engines constraints clean
+.PHONY: serve install test check bench engines gpu-check types-tensorrt links constraints clean
 
 serve: $(SERVE)/installed
 	RESNET_PORT=$(PORT) $(SERVE)/bin/python -m resnet_ensemble.server
@@ -22,14 +24,16 @@ test: $(DEV)/installed
 	$(DEV)/bin/python -m pytest
 
 # mypy does not follow setuptools' editable hook, so the folders are linked under the name that they are imported by.
-check: $(DEV)/installed
-	$(DEV)/bin/ruff check .
-	$(DEV)/bin/ruff format --check .
+links:
 	mkdir -p build/links/resnet_ensemble
 	ln -sfn $(CURDIR)/training build/links/resnet_ensemble/training
 	ln -sfn $(CURDIR)/export build/links/resnet_ensemble/export
 	ln -sfn $(CURDIR)/server build/links/resnet_ensemble/server
 	ln -sfn $(CURDIR)/clients/python build/links/resnet_ensemble/client
+
+check: $(DEV)/installed links
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
 	MYPYPATH=build/links $(DEV)/bin/mypy -p resnet_ensemble -p benchmarks
 
 bench: $(DEV)/installed $(PEERS)/installed
@@ -37,6 +41,13 @@ bench: $(DEV)/installed $(PEERS)/installed
 
 engines: $(DEV)/installed
 	$(DEV)/bin/python export/build_engines.py
+
+BUNDLE ?= bundles/cifar10
+gpu-check: $(DEV)/installed
+	$(DEV)/bin/python export/gpu_check.py $(BUNDLE)
+
+types-tensorrt: $(DEV)/installed links
+	$(DEV)/bin/python tests/types/check_tensorrt.py
 
 # Versions that are known to work together, from the development environment.
 constraints: $(DEV)/installed

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from resnet_ensemble.export import engines, golden, host, sealed
 from resnet_ensemble.export.bundle import Bundle, Member
-from resnet_ensemble.export.engines import Engine, Precision
+from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineBuildError, EngineRunError, Precision
 from resnet_ensemble.export.gate import LIMITS
 from resnet_ensemble.training.files import write_together
 
@@ -166,7 +166,7 @@ def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precisi
 def open_engine(bundle: Bundle, member: Member, backend: str | None = None) -> Engine:
     """The fastest engine that was built and passed, otherwise FP32 compiled now; checked against the golden pictures.
 
-    Raises BundleError, BackendUnavailable, EngineBuildError.
+    Raises BundleError, BackendUnavailable.
     """
     graph = bundle.read(member)
     store = EngineStore(bundle)
@@ -181,9 +181,12 @@ def open_engine(bundle: Bundle, member: Member, backend: str | None = None) -> E
             store.folder,
         )
     implementation = engines.backend(name)
-    compiled = stored.content if stored else implementation.compile(graph, precision, member.preprocessing)
-    engine = implementation.load(compiled, precision)
-    difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, precision))
+    try:
+        compiled = stored.content if stored else implementation.compile(graph, precision, member.preprocessing)
+        engine = implementation.load(compiled, precision)
+        difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, precision))
+    except (EngineBuildError, EngineRunError) as error:
+        raise BackendUnavailable(f"{member.name} can't run on {name}: {error}") from None
     info = engine.info
     log.info("%s on %s %s %s: golden check %.1e", member.name, info.backend, info.version, info.precision, difference)
     return engine

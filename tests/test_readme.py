@@ -86,7 +86,7 @@ def test_the_job_gives_the_row_that_is_shown(readme: str, root: Path, server: st
 
 
 def test_every_make_target_that_is_named_exists(readme: str, root: Path) -> None:
-    named = set(re.findall(r"make ([a-z]+)", readme))
+    named = set(re.findall(r"make ([a-z-]+)", readme))
 
     assert {"serve", "test", "check", "bench", "install"} <= named
     for target in named:

@@ -7,10 +7,13 @@ waited for, and not before, so that an answer read too soon is wrong here, too. 
 import contextlib
 import ctypes
 import enum
+import hashlib
+import io
 import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +21,11 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from resnet_ensemble.export import bundle
+from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.training.views import make_views
 
 SCRATCH = 4096  # bytes that a context computes in, for each view
 
@@ -269,9 +277,28 @@ def member() -> bytes:
     return content
 
 
+def small_bundle(shipped: Bundle, folder: Path) -> Bundle:
+    """The shipped bundle with one member, which is very small."""
+    graph = member()
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    manifest = shipped.manifest
+    one = manifest.members[0].model_copy(
+        update={"name": "small", "sha256": hashlib.sha256(graph).hexdigest(), "measured": (), "calibration": None}
+    )
+    pictures, files = [], {one.file: graph}
+    for picture in manifest.golden:
+        files[picture.file] = shipped.read(picture)
+        image = Image.open(io.BytesIO(files[picture.file])).convert("RGB")
+        views = make_views(image, one.preprocessing, manifest.golden_protocol)
+        mean = session.run(None, {"views": views})[0].astype(np.float64).mean(axis=0)
+        pictures.append(picture.model_copy(update={"probabilities": {"small": tuple(map(float, mean))}}))
+    changes = {"members": (one,), "golden": tuple(pictures), "measured": ()}
+    return bundle.write(folder, manifest.model_copy(update=changes), files)
+
+
 def plan(graph: bytes, profiles: Any, *, device: str = "Fake GPU", kind: str = "UINT8") -> bytes:
     """What the fake deserializes; `profiles` are (least, best, most) sizes."""
-    header = {"device": device, "kind": kind, "profiles": profiles}
+    header = {"device": device, "kind": kind, "profiles": profiles, "bytes": len(graph)}
     return json.dumps(header).encode() + b"\n" + graph
 
 
@@ -303,6 +330,9 @@ class TensorRt:
             about = json.loads(header)
         except ValueError:
             logger.log(Severity.ERROR, "Serialization assertion magicTag == kMAGIC_TAG failed.")
+            return None
+        if about["bytes"] != len(graph):
+            logger.log(Severity.ERROR, "Serialization assertion stdArchiveReader.size() failed.")
             return None
         if about["device"] != "Fake GPU":
             logger.log(Severity.ERROR, "The engine plan file is generated on an incompatible device")

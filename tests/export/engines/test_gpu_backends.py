@@ -1,6 +1,5 @@
 """The backends for GPUs on a machine without one, and on a fake. Not yet run on a GPU."""
 
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import astuple
@@ -31,8 +30,8 @@ NO_GPU = Cudart(error=35)
 
 
 @pytest.fixture
-def bundle(pair: Bundle, tmp_path: Path) -> Bundle:
-    return Bundle.open(Path(shutil.copytree(pair.path, tmp_path / "cifar10")))
+def bundle(shipped: Bundle, tmp_path: Path) -> Bundle:
+    return fake_gpu.small_bundle(shipped, tmp_path / "small")
 
 
 @pytest.fixture
@@ -192,6 +191,20 @@ def test_a_plan_in_the_wrong_precision_is_never_stored(
     assert row.record is None
     assert "3 of 3 layers are computed in another type" in row.note
     assert not list(EngineStore(bundle).folder.glob("*.engine"))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_gpu_without_memory_is_a_reason_not_to_serve_that_names_the_member(
+    cudart: Cudart, bundle: Bundle, stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = bundle.manifest.members[0]
+    if stored:
+        build_all(bundle, precisions=["fp32"], device="cuda")
+    full = (fake_gpu.CudaErrorCode.cudaErrorMemoryAllocation, None)
+    monkeypatch.setattr(cudart, "cudaMalloc", lambda size: full)
+
+    with pytest.raises(BackendUnavailable, match="small can't run on tensorrt: cudaErrorMemoryAllocation"):
+        engine_store.open_engine(bundle, member, "tensorrt")
 
 
 # ONNX Runtime

@@ -1,0 +1,384 @@
+"""Find out on a host with an NVIDIA GPU what of this project holds there, and write it down.
+
+    python export/gpu_check.py                          # the bundle in the repository
+    python export/gpu_check.py bundles/mine --report runs/gpu
+    make gpu-check
+
+Nothing here has been run on a GPU yet; this is what tells. Each check stands alone, so that one that fails hides no
+other. For each member and precision: is a plan built, what does TensorRT tell of its layers, does it give the answers
+of ONNX Runtime's FP32, are all batches captured as CUDA graphs, do runs side by side give what they give one by one,
+do whole views run, how many views/s does it do for each batch, can it be closed? At last: does TensorRT refuse damaged
+plans? Writes gpu-check.md and gpu-check.json after every engine, should a library crash.
+
+Exit code 0: all held, or there is no GPU to check. 1: something did not hold.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import runpy
+import statistics
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+if importlib.util.find_spec("resnet_ensemble") is None:
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "training" / "environment.py"))
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resnet_ensemble.export import engines, gate, golden, quantize
+from resnet_ensemble.export.bundle import Bundle, BundleError, Member
+from resnet_ensemble.export.engine_store import tolerance
+from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineLoadError, Precision
+from resnet_ensemble.export.precisions import float8
+from resnet_ensemble.training.views import Preprocessing
+
+SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
+SECONDS_PER_TIMING = 1.0
+ROUNDS = 20  # of runs side by side
+
+T = TypeVar("T")
+
+
+MARKS = {True: "holds", False: "**does not hold**", None: "not tried"}
+
+
+class DoesNotHold(Exception):
+    """What a check found instead of what it should."""
+
+
+@dataclass
+class Check:
+    """One thing that should hold. `held` is None where it could not be tried, since what it needs failed."""
+
+    name: str
+    held: bool | None
+    found: str
+
+
+@dataclass
+class Report:
+    """Everything that was found. `rates`: views/s, one run at a time and two, by engine and batch."""
+
+    about: dict[str, str]
+    checks: list[Check] = field(default_factory=list)
+    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    @property
+    def held(self) -> bool:
+        """Whether all that was tried held, and all could be tried."""
+        return all(check.held for check in self.checks)
+
+    def run(self, name: str, check: Callable[[], tuple[T, str]]) -> T | None:
+        """Do a check; keep what it says, or how it failed. What it made, or None."""
+        try:
+            made, found = check()
+        except Exception as error:  # noqa: BLE001  # whatever fails here is what somebody wants to read
+            kind = "" if isinstance(error, DoesNotHold) else f"{type(error).__name__}: "
+            where = "" if isinstance(error, DoesNotHold) else f" ({_place(error)})"
+            self._add(Check(name, held=False, found=f"{kind}{error}{where}"))
+            return None
+        self._add(Check(name, held=True, found=found))
+        return made
+
+    def skip(self, name: str, why: str) -> None:
+        """Keep that a check could not be tried."""
+        self._add(Check(name, held=None, found=why))
+
+    def _add(self, check: Check) -> None:
+        self.checks.append(check)
+        print(f"{MARKS[check.held]}: {check.name}", file=sys.stderr)
+
+    def markdown(self) -> str:
+        """For people."""
+        lines = ["# GPU check", "", *(f"- {key}: {value}" for key, value in self.about.items()), ""]
+        lines += ["| check | | found |", "|---|---|---|"]
+        lines += [
+            f"| {c.name} | {MARKS[c.held]} | {' '.join(c.found.split()).replace('|', '/')} |" for c in self.checks
+        ]
+        batches = sorted({int(n) for rates in self.rates.values() for n in rates})
+        if batches:
+            lines += ["", "Views/s by batch, one run at a time / two side by side (medians).", ""]
+            lines += [f"| engine | {' | '.join(map(str, batches))} |", "|---|" + "---|" * len(batches)]
+            for name, rates in self.rates.items():
+                cells = [" / ".join(f"{rate:,.0f}" for rate in rates.get(str(n), [])) for n in batches]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+    def write(self, folder: Path) -> None:
+        """gpu-check.md and gpu-check.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gpu-check.md").write_text(self.markdown())
+        (folder / "gpu-check.json").write_text(json.dumps(asdict(self) | {"held": self.held}, indent=1) + "\n")
+
+
+def check_all(bundle: Bundle, members: list[str], precisions: list[Precision], folder: Path) -> Report:
+    """Every check of TensorRT, and of ONNX Runtime where it runs on the GPU, written to a folder.
+
+    Raises BackendUnavailable without a GPU.
+    """
+    backend = engines.backend("tensorrt")
+    available = backend.precisions()
+    first = bundle.manifest.members[0].preprocessing
+    about = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "bundle": bundle.identity,
+        "device": backend.identity(first).split(";")[0],
+        "TensorRT": backend.version(),
+        "Python": platform.python_version(),
+        "system": platform.platform(),
+    }
+    report = Report(about)
+    plan = None
+    for member in bundle.manifest.members:
+        if members and member.name not in members:
+            continue
+        views = gate.from_golden(bundle, member).views
+        expected = report.run(f"{member.name}: reference", partial(_reference, bundle, member, views))
+        for name, precision in _variants(available, precisions):
+            title = f"{member.name}/{name}/{precision}"
+            if precision not in available:
+                report.skip(f"{title}: all", f"{about['device']} does not compute in {precision}")
+            elif expected is None:
+                report.skip(f"{title}: all", "there is no reference")
+            else:
+                built = _check_engine(report, title, bundle, member, name, precision, views, expected)
+                plan = plan or (built if name == "tensorrt" else None)
+            report.write(folder)
+    if plan is None:
+        report.skip("damaged plans", "nothing was built")
+    else:  # the last, since a library may crash over them
+        report.run("damaged plans", lambda: _damaged(backend, plan))
+    report.write(folder)
+    return report
+
+
+def _variants(available: tuple[Precision, ...], asked: list[Precision]) -> Iterator[tuple[str, Precision]]:
+    """TensorRT in every precision that was asked for, and what ONNX Runtime has, if it is the GPU's."""
+    wanted = asked or list(available)
+    yield from (("tensorrt", precision) for precision in wanted)
+    yield from ((n, p) for n, p in engines.available() if n == "onnxruntime-cuda" and p in wanted)
+
+
+def _check_engine(
+    report: Report,
+    title: str,
+    bundle: Bundle,
+    member: Member,
+    name: str,
+    precision: Precision,
+    views: NDArray[np.uint8],
+    expected: NDArray[np.float32],
+) -> bytes | None:
+    """Everything about one engine. What was built, or None."""
+    backend = engines.backend(name)
+    seen = member.preprocessing
+    compiled = report.run(f"{title}: build", lambda: _build(bundle, member, name, precision, views))
+    if compiled is None:
+        report.skip(f"{title}: all else", "nothing was built")
+        return None
+    engine = report.run(f"{title}: load", lambda: (backend.load(compiled, precision), f"{len(compiled) / 1e6:.1f} MB"))
+    if engine is None:
+        report.skip(f"{title}: all else", "nothing was loaded")
+    else:
+        allowed = tolerance(bundle, precision)
+        report.run(f"{title}: parity", lambda: _parity(engine, bundle, member, precision, views, expected, allowed))
+        if name == "tensorrt":
+            report.run(f"{title}: layers", lambda: _layers(engine))
+            report.run(f"{title}: CUDA graphs", lambda: _captured(engine))
+        report.run(f"{title}: side by side", lambda: _side_by_side(engine, seen))
+        report.run(f"{title}: whole views", lambda: _whole_views(engine, seen))
+        rates = report.run(f"{title}: rates", lambda: _rates(engine, seen))
+        if rates:
+            report.rates[title] = rates
+        report.run(f"{title}: close", lambda: _close(engine))
+    return compiled
+
+
+def _reference(bundle: Bundle, member: Member, views: NDArray[np.uint8]) -> tuple[NDArray[np.float32], str]:
+    """ONNX Runtime's FP32 on the CPU, as the bundle describes it."""
+    backend = engines.backend(engines.DEFAULT)
+    engine = backend.load(backend.compile(bundle.read(member), "fp32", member.preprocessing), "fp32")
+    difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, "fp32"))
+    return gate.answers(engine, views), f"golden probabilities within {difference:.1e}"
+
+
+def _build(
+    bundle: Bundle, member: Member, name: str, precision: Precision, views: NDArray[np.uint8]
+) -> tuple[bytes, str]:
+    backend, graph = engines.backend(name), bundle.read(member)
+    note = ""
+    if precision in engines.CALIBRATED:
+        if member.calibration:
+            found = quantize.from_bytes(bundle.read(member.calibration))
+        else:
+            found = quantize.calibrate(graph, list(gate.batches(views)), images=len(bundle.manifest.golden))
+            note = ", calibrated on nothing but the golden pictures"
+        graph = quantize.quantized(graph, found, backend.int8_form()) if precision == "int8" else float8(graph, found)
+    began = time.monotonic()
+    compiled = backend.compile(graph, precision, member.preprocessing)
+    return compiled, f"{time.monotonic() - began:.1f} s, every layer in the type that was asked for{note}"
+
+
+def _parity(
+    engine: Engine,
+    bundle: Bundle,
+    member: Member,
+    precision: Precision,
+    views: NDArray[np.uint8],
+    expected: NDArray[np.float32],
+    allowed: float,
+) -> tuple[None, str]:
+    finding = gate.compare(gate.answers(engine, views), expected, None)
+    difference = golden.check(engine, bundle, member, allowed=float("inf"))
+    found = (
+        f"top-1 agreement {finding.agreement:.1%} of {finding.views} views, largest difference "
+        f"{finding.difference:.1e}, of a golden probability {difference:.1e}"
+    )
+    verdict = finding.verdict(precision)
+    if verdict != "passed" or not difference <= allowed:
+        raise DoesNotHold(f"{found}; {verdict}; allowed for golden probabilities: {allowed:g}")
+    return None, found
+
+
+def _layers(engine: Engine) -> tuple[None, str]:
+    """What TensorRT's inspector says that each layer gives. What fusion made of a graph is TensorRT's business."""
+    layers = json.loads(engine.layers())["Layers"]  # type: ignore[attr-defined]
+    if not layers or isinstance(layers[0], str):
+        raise DoesNotHold("the inspector gives names only, though the plan was built with DETAILED verbosity")
+    kinds = Counter(
+        str(output.get("Format/Datatype", output.get("Format", "?")))
+        for layer in layers
+        for output in layer.get("Outputs", [])
+    )
+    return None, f"{len(layers)} layers; outputs by type: {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}"
+
+
+def _captured(engine: Engine) -> tuple[None, str]:
+    from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS  # noqa: PLC0415  # beside its only use
+
+    captured = engine.captured  # type: ignore[attr-defined]
+    if captured != BUCKETS:
+        raise DoesNotHold(f"batches of {captured} are captured, of {BUCKETS}")
+    return None, f"batches of {', '.join(map(str, captured))}"
+
+
+def _side_by_side(engine: Engine, seen: Preprocessing) -> tuple[None, str]:
+    batches = [_noise(1 + i % 23, seen.crop, seen.crop, seed=i) for i in range(ROUNDS)]
+    alone = [engine.run(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(engine.run, batches))
+    difference = max(float(np.abs(a - b).max()) for a, b in zip(alone, together, strict=True))
+    if difference != 0:
+        raise DoesNotHold(f"probabilities differ by up to {difference:.1e} between runs side by side and one by one")
+    return None, f"{ROUNDS} batches from 4 threads are bit for bit what they are one by one"
+
+
+def _whole_views(engine: Engine, seen: Preprocessing) -> tuple[None, str]:
+    """Sizes of whole views: answers are probabilities, and a mirrored batch of two gives what each gives alone."""
+    quantum = seen.quantum
+    sizes = [(seen.resize, seen.resize + quantum), (7 * quantum, 14 * quantum), (40 * quantum, 20 * quantum)]
+    worst = 0.0
+    for height, width in sizes:
+        pair = _noise(2, height, width, seed=height)
+        together = engine.run(pair)
+        alone = np.concatenate([engine.run(pair[:1]), engine.run(pair[1:])])
+        if not np.isfinite(together).all() or not np.allclose(together.sum(axis=1), 1, atol=1e-2):
+            raise DoesNotHold(f"the answers for {height} x {width} are no probabilities")
+        worst = max(worst, float(np.abs(together - alone).max()))
+    if worst > 0.05:  # kernels, and with them rounding, may depend on the batch
+        raise DoesNotHold(f"a view's probabilities depend on its batch by {worst:.1e}")
+    return None, f"{', '.join(f'{h} x {w}' for h, w in sizes)}; in a batch of 2 within {worst:.1e} of alone"
+
+
+def _rates(engine: Engine, seen: Preprocessing) -> tuple[dict[str, list[float]], str]:
+    from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS  # noqa: PLC0415  # beside its only use
+
+    found = {}
+    for n in BUCKETS:
+        views = _noise(n, seen.crop, seen.crop)
+        found[str(n)] = [_rate(engine, views, threads=threads) for threads in (1, 2)]
+    best = max(found, key=lambda n: max(found[n]))
+    return found, f"at most {max(found[best]):,.0f} views/s, in batches of {best}"
+
+
+def _rate(engine: Engine, views: NDArray[np.uint8], *, threads: int) -> float:
+    """Views per second of so many runs side by side, by the median duration of a run."""
+
+    def work(_: int) -> list[float]:
+        seconds: list[float] = []
+        end = time.perf_counter() + SECONDS_PER_TIMING
+        while len(seconds) < 3 or time.perf_counter() < end:
+            began = time.perf_counter()
+            engine.run(views)
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    engine.run(views)
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = [one for some in pool.map(work, range(threads)) for one in some]
+    return round(threads * len(views) / statistics.median(seconds), 1)
+
+
+def _close(engine: Engine) -> tuple[None, str]:
+    engine.close()
+    return None, "freed without an error"
+
+
+def _damaged(backend: engines.Backend, plan: bytes) -> tuple[None, str]:
+    """Plans that TensorRT must refuse by itself. The store refuses them before, by hash and fingerprint."""
+    damaged = {"cut in half": plan[: len(plan) // 2], "of no known kind": bytes(64) + plan[64:], "empty": b""}
+    for what, content in damaged.items():
+        try:
+            engine = backend.load(content, "fp32")
+        except EngineLoadError:
+            continue
+        engine.close()
+        raise DoesNotHold(f"a plan that is {what} was taken")
+    return None, f"refused: {', '.join(damaged)}"
+
+
+def _noise(n: int, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), np.uint8)
+
+
+def _place(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
+def main() -> None:
+    """Parse the command line and check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", default=SHIPPED, help="a bundle's folder (default: %(default)s)"
+    )
+    parser.add_argument("--only", action="append", default=[], metavar="MEMBER", help="this member (may be repeated)")
+    parser.add_argument("--precision", action="append", default=[], choices=list(gate.LIMITS), help="(may be repeated)")
+    parser.add_argument("--report", type=Path, default=Path("build"), metavar="DIR", help="where to (%(default)s)")
+    arguments = parser.parse_args()
+    try:
+        report = check_all(Bundle.open(arguments.bundle), arguments.only, arguments.precision, arguments.report)
+    except BackendUnavailable as why:
+        print(f"no GPU to check: {why}")
+        return
+    except BundleError as problem:
+        sys.exit(f"gpu_check: {problem}")
+    print(report.markdown())
+    print(f"written to {arguments.report / 'gpu-check.md'} and {arguments.report / 'gpu-check.json'}")
+    sys.exit(0 if report.held else 1)
+
+
+if __name__ == "__main__":
+    main()
