@@ -265,9 +265,8 @@ def _quantize_weight(model: onnx.ModelProto, layer: _Layer, calibration: Calibra
         )
     )
     layer.node.input[1] = f"{layer.name}.float"
-    kept = [tensor for tensor in model.graph.initializer if tensor.name != layer.name]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    # By its place: a new list of all others would be a copy of all weights for each layer.
+    del model.graph.initializer[next(i for i, t in enumerate(model.graph.initializer) if t.name == layer.name)]
 
 
 def _quantize_activation(model: onnx.ModelProto, name: str, limits: tuple[float, float], form: Form) -> None:
