@@ -39,7 +39,7 @@ engines: $(DEV)/installed
 
 # Versions that are known to work together, from the development environment.
 constraints: $(DEV)/installed
-	$(DEV)/bin/python -m pip freeze --exclude-editable | grep -viE '^(nvidia|cuda|triton)' > constraints.txt
+	$(DEV)/bin/python -m pip freeze --exclude-editable | grep -viE '^(nvidia|cuda|triton==)' > constraints.txt
 
 $(SERVE)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(SERVE)

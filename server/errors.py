@@ -33,6 +33,7 @@ KINDS = {
     "extreme_aspect_ratio": Kind(422, "The image is too long for its width"),
     "too_many_scans": Kind(422, "The progressive JPEG has too many scans"),
     "invalid_option": Kind(422, "An option is unknown or has a wrong value"),
+    "invalid_tensor": Kind(422, "A tensor is not what the model takes or gives"),
     "quota_exceeded": Kind(429, "This client has too many images in progress"),
     "internal_error": Kind(500, "The server failed"),
     "engine_failure": Kind(500, "A model failed on this image"),

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from resnet_ensemble.export.bundle import BundleError
 from resnet_ensemble.export.engines import BackendUnavailable
@@ -46,20 +46,24 @@ class Service:
             raise ApiError("not_ready", self._failure or "the models are being loaded and checked", retry_after=1)
         return self._classifier
 
-    def check_ready(self) -> None:
-        """Raise ApiError("not_ready") unless every engine runs."""
-        down = self.classifier.scheduler.down
+    def check_ready(self, members: Sequence[int] | None = None) -> None:
+        """Raise ApiError("not_ready") unless every engine runs, or those of the given members."""
+        down = self._down(members)
         if down:
             raise self._not_ready(down)
 
-    def check_able(self) -> None:
+    def check_able(self, members: Sequence[int] | None = None) -> None:
         """Raise ApiError("not_ready") if an engine that died could not be opened anew.
 
         While the first attempt is on its way, requests are accepted and wait for it.
         """
-        broken = {member: reason for member, reason in self.classifier.scheduler.down.items() if reason}
+        broken = {member: reason for member, reason in self._down(members).items() if reason}
         if broken:
             raise self._not_ready(broken)
+
+    def _down(self, members: Sequence[int] | None) -> dict[int, str]:
+        down = self.classifier.scheduler.down
+        return down if members is None else {member: down[member] for member in members if member in down}
 
     def _not_ready(self, down: dict[int, str]) -> ApiError:
         members = self.classifier.bundle.manifest.members
