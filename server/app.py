@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from resnet_ensemble.server import metrics, oip, uploads
-from resnet_ensemble.server.connection import Timeout, body_size, client_of, service_of, unless_disconnected
+from resnet_ensemble.server import admin, metrics, oip, uploads
+from resnet_ensemble.server.connection import Leased, Timeout, body_size, client_of, service_of, unless_disconnected
 from resnet_ensemble.server.envelope import Envelope
 from resnet_ensemble.server.errors import CONTENT_TYPE, KINDS, ApiError, Problem, problem
 from resnet_ensemble.server.schemas import (
@@ -33,7 +33,15 @@ from resnet_ensemble.server.stopping import RULES
 from resnet_ensemble.server.uploads import Upload
 from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes
 
-NOT_OF_PREDICT = ("not_found", "method_not_allowed", "invalid_tensor")
+NOT_OF_PREDICT = (
+    "not_found",
+    "method_not_allowed",
+    "invalid_tensor",
+    "unauthorized",
+    "bundle_not_allowed",
+    "reload_in_progress",
+    "bundle_refused",
+)
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is for the metrics
 _HTTP_CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed"}
 
@@ -96,6 +104,8 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(router)
     app.include_router(oip.router)
+    if service.settings.admin_key is not None:
+        app.include_router(admin.router)
     app.add_middleware(Envelope, metrics=service.metrics, max_request_bytes=service.settings.max_request_bytes)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
@@ -114,6 +124,7 @@ def create_app(service: Service) -> FastAPI:
 async def predict(
     request: Request,
     response: Response,
+    classifier: Leased,
     options: Annotated[Options, Query()],
     seconds: Timeout = None,
 ) -> Prediction | Results:
@@ -126,7 +137,6 @@ async def predict(
     settings = service.settings
     deadline = time.monotonic() + (settings.timeout_seconds if seconds is None else seconds)
     service.check_able()
-    classifier = service.classifier
     classifier.check_admission(deadline)
     with service.memory.hold(body_size(request, settings.max_request_bytes)):
         try:
@@ -254,6 +264,8 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
     if error.reason:
         measured.rejected.labels(error.reason).inc()
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.code == "unauthorized":
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 wants it
     if oip.speaks(request):
         return oip.refusal(error, headers)
     body = problem(error, _request_id(request)).model_dump_json()

@@ -1,12 +1,13 @@
 """What routes ask of a request: whose it is, how large, until when it is of use, whether its client is still there."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Annotated, TypeVar
 
-from fastapi import Header, Request
+from fastapi import Depends, Header, Request
 from starlette.requests import ClientDisconnect
 
+from resnet_ensemble.server.classifier import Classifier
 from resnet_ensemble.server.service import Service
 
 _T = TypeVar("_T")
@@ -27,6 +28,15 @@ def service_of(request: Request) -> Service:
     """What the application serves."""
     service: Service = request.app.state.service
     return service
+
+
+async def _leased(request: Request) -> AsyncIterator[Classifier]:
+    with service_of(request).lease() as classifier:
+        yield classifier
+
+
+# What answers a request, from its beginning to its end: while another bundle takes over, too. Raises "not_ready".
+Leased = Annotated[Classifier, Depends(_leased, scope="function")]
 
 
 def client_of(request: Request) -> str:

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse
 from resnet_ensemble.server import models, tensors
 from resnet_ensemble.server.classifier import Classifier
 from resnet_ensemble.server.connection import (
+    Leased,
     Timeout,
     body_size,
     client_of,
@@ -58,9 +59,8 @@ def refusal(error: ApiError, headers: Mapping[str, str]) -> Response:
     return JSONResponse({"error": str(error)}, error.kind.status, headers)
 
 
-async def _find(request: Request, name: str, version: str | None = None) -> Model:
-    service = service_of(request)
-    return models.find(service.classifier, service.settings, name, version)
+async def _find(request: Request, classifier: Leased, name: str, version: str | None = None) -> Model:
+    return models.find(classifier, service_of(request).settings, name, version)
 
 
 Named = Annotated[Model, Depends(_find)]
