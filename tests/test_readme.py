@@ -100,6 +100,6 @@ def test_every_problem_code_is_listed(readme: str) -> None:
 
 
 def test_every_folder_is_on_the_map(readme: str, root: Path) -> None:
-    for folder in ("training", "export", "server", "clients/python", "bundles", "tests", "benchmarks"):
+    for folder in ("training", "export", "server", "clients/python", "bundles", "deploy", "tests", "benchmarks"):
         assert (root / folder).is_dir()
         assert f"`{folder}/`" in readme
