@@ -1,7 +1,7 @@
 """Serve a bundle: python -m resnet_ensemble.server
 
 Settings are environment variables, listed below. SIGTERM and SIGINT stop the listener, answer what was accepted, and
-exit with 0.
+exit with 0. SIGHUP loads the bundle again and switches to it if it is sound.
 """
 
 import argparse
@@ -39,8 +39,9 @@ def main() -> int:
         fatal.append(message)
         server.should_exit = True
 
+    service = Service(settings, on_fatal=stop)
     config = uvicorn.Config(
-        create_app(Service(settings, on_fatal=stop)),
+        create_app(service),
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=settings.drain_seconds,
@@ -51,6 +52,8 @@ def main() -> int:
     # uvicorn raises the signal again after a clean stop; with these handlers that does not turn into an exit code.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGHUP, lambda *_: service.reload_soon())
     server.run()
     return 1 if fatal or not server.started else 0
 

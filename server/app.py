@@ -3,11 +3,11 @@
 import asyncio
 import importlib.metadata
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from resnet_ensemble.server import metrics, uploads
+from resnet_ensemble.server import admin, metrics, oip, uploads
+from resnet_ensemble.server.connection import Leased, Timeout, body_size, client_of, service_of, unless_disconnected
 from resnet_ensemble.server.envelope import Envelope
 from resnet_ensemble.server.errors import CONTENT_TYPE, KINDS, ApiError, Problem, problem
 from resnet_ensemble.server.schemas import (
@@ -32,10 +33,18 @@ from resnet_ensemble.server.stopping import RULES
 from resnet_ensemble.server.uploads import Upload
 from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes
 
+NOT_OF_PREDICT = (
+    "not_found",
+    "method_not_allowed",
+    "invalid_tensor",
+    "unauthorized",
+    "bundle_not_allowed",
+    "reload_in_progress",
+    "bundle_refused",
+)
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is for the metrics
 _HTTP_CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed"}
 
-_T = TypeVar("_T")
 router = APIRouter()
 
 
@@ -94,6 +103,9 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.include_router(router)
+    app.include_router(oip.router)
+    if service.settings.admin_key is not None:
+        app.include_router(admin.router)
     app.add_middleware(Envelope, metrics=service.metrics, max_request_bytes=service.settings.max_request_bytes)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
@@ -107,35 +119,26 @@ def create_app(service: Service) -> FastAPI:
     "/predict",
     summary="Classify one image or several",
     openapi_extra=_PREDICT_BODY,
-    responses=_problems(*(code for code in KINDS if code not in ("not_found", "method_not_allowed"))),
+    responses=_problems(*(code for code in KINDS if code not in NOT_OF_PREDICT)),
 )
 async def predict(
     request: Request,
     response: Response,
+    classifier: Leased,
     options: Annotated[Options, Query()],
-    seconds: Annotated[
-        float | None,
-        Header(
-            alias="X-Request-Timeout",
-            gt=0,
-            le=3600,
-            allow_inf_nan=False,
-            description="Seconds after which an answer is of no use: what is not done then is 504",
-        ),
-    ] = None,
+    seconds: Timeout = None,
 ) -> Prediction | Results:
     """One image is answered with its prediction; several with `results` in their order, each failing alone.
 
     Send a form with one or more `image` files, or the bytes of one image as the body. Options are query parameters or
     form fields; the query's value counts when an option is given in both.
     """
-    service = _service(request)
+    service = service_of(request)
     settings = service.settings
     deadline = time.monotonic() + (settings.timeout_seconds if seconds is None else seconds)
     service.check_able()
-    classifier = service.classifier
     classifier.check_admission(deadline)
-    with service.memory.hold(_body_size(request, settings.max_request_bytes)):
+    with service.memory.hold(body_size(request, settings.max_request_bytes)):
         try:
             async with asyncio.timeout(settings.upload_seconds):
                 upload = await uploads.read(request, settings)
@@ -143,9 +146,11 @@ async def predict(
             allowed = settings.upload_seconds
             raise ApiError("slow_upload", f"the request's body did not arrive within {allowed:g} s") from None
         options = _with_fields(options, upload.fields)
-        client = request.client.host if request.client else "unknown"
-        with service.quota.hold(client, len(upload.images)), service.metrics.hold_in_flight(len(upload.images)):
-            answers = await _unless_disconnected(request, classifier.classify(upload.images, options, deadline))
+        with (
+            service.quota.hold(client_of(request), len(upload.images)),
+            service.metrics.hold_in_flight(len(upload.images)),
+        ):
+            answers = await unless_disconnected(request, classifier.classify(upload.images, options, deadline))
     response.headers["X-Bundle"] = classifier.bundle.identity
     if len(answers) > 1:
         return _results(request, answers, upload)
@@ -166,14 +171,14 @@ async def livez() -> Status:
 @router.get("/readyz", summary="Can it answer?", responses=_problems("not_ready"))
 async def readyz(request: Request) -> Status:
     """Ready once every engine is warm and has given the bundle's golden probabilities."""
-    _service(request).check_ready()
+    service_of(request).check_ready()
     return Status()
 
 
 @router.get("/info", summary="What is served here", responses=_problems("not_ready"))
 async def info(request: Request) -> Info:
     """The bundle, its members and their engines, protocols, measured errors, limits."""
-    service = _service(request)
+    service = service_of(request)
     classifier, settings = service.classifier, service.settings
     manifest = classifier.bundle.manifest
     members = [
@@ -206,24 +211,13 @@ async def info(request: Request) -> Info:
 @router.get("/metrics", summary="Measurements for Prometheus", response_class=Response)
 async def measurements(request: Request) -> Response:
     """The Prometheus text format."""
-    return Response(_service(request).metrics.render(), media_type=metrics.CONTENT_TYPE)
+    return Response(service_of(request).metrics.render(), media_type=metrics.CONTENT_TYPE)
 
 
 @router.get("/", include_in_schema=False)
 async def root() -> RedirectResponse:
     """A person who opens the server in a browser gets its documentation."""
     return RedirectResponse("docs")
-
-
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-def _body_size(request: Request, largest: int) -> int:
-    """What the body will have at most."""
-    length = request.headers.get("content-length", "")
-    return min(int(length), largest) if length.isdecimal() else largest
 
 
 def _with_fields(options: Options, fields: dict[str, str]) -> Options:
@@ -235,30 +229,11 @@ def _with_fields(options: Options, fields: dict[str, str]) -> Options:
         raise ApiError("invalid_option", _explain(error.errors())) from None
 
 
-async def _unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:
-    """Await `work`, but cancel it when the client goes away, so that its views leave the queues."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def _results(request: Request, answers: list[Prediction | ApiError], upload: Upload) -> Results:
     results = []
     for position, (answer, filename) in enumerate(zip(answers, upload.filenames, strict=True)):
         if isinstance(answer, ApiError):
-            _service(request).metrics.errors.labels(answer.code).inc()
+            service_of(request).metrics.errors.labels(answer.code).inc()
             results.append(Result(position=position, filename=filename, problem=problem(answer, _request_id(request))))
         else:
             results.append(Result(position=position, filename=filename, prediction=answer))
@@ -284,11 +259,15 @@ def _explain(errors: Any) -> str:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    measured = _service(request).metrics
+    measured = service_of(request).metrics
     measured.errors.labels(error.code).inc()
     if error.reason:
         measured.rejected.labels(error.reason).inc()
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.code == "unauthorized":
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 wants it
+    if oip.speaks(request):
+        return oip.refusal(error, headers)
     body = problem(error, _request_id(request)).model_dump_json()
     return Response(body, error.kind.status, headers, CONTENT_TYPE)
 

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,8 @@ from resnet_ensemble.training.views import (
 log = logging.getLogger(__name__)
 
 Opener = Callable[[Bundle, Member, Settings], Engine]
+Content = bytes | NDArray[np.uint8]  # an encoded image, or the pixels (h, w, 3) of one
+_T = TypeVar("_T")
 _TOP = 5  # of "top-5 error"
 
 
@@ -51,6 +54,31 @@ class _Times:
 
     decode: float = 0.0
     views: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One image, evaluated: what the engines gave, and its mean.
+
+    - rule: the stop rule that ran
+    - seconds: by stage
+    """
+
+    plan: Plan
+    rule: str
+    tally: Tally
+    mean: ensemble.Average
+    seconds: dict[str, float]
+
+    @property
+    def used(self) -> int:
+        """Views that were run."""
+        return int(self.tally.views.sum())
+
+    def certain(self, top: int = 1) -> bool:
+        """Whether the set of the `top` most probable classes is proven to be the one of all planned views."""
+        weights = stopping.equal_weights(self.plan.views)
+        return stopping.decided(self.tally.sums.sum(axis=0), weights, self.used, top)
 
 
 class Classifier:
@@ -93,14 +121,24 @@ class Classifier:
         return self._decoders.held
 
     async def classify(
-        self, contents: Sequence[bytes | ApiError], options: Options, deadline: float | None = None
+        self, contents: Sequence[Content | ApiError], options: Options, deadline: float | None = None
     ) -> list[Prediction | ApiError]:
-        """Answers for encoded images, in order; each fails alone. What is an ApiError already is passed through.
+        """Predictions for images, in order; each fails alone. What is an ApiError already is passed through.
 
         - deadline: of time.monotonic(); what is not answered then is ApiError("deadline_exceeded")
 
         Raises ApiError("overloaded") before any work when the predicted wait is above the limit.
         """
+        return await self.evaluate(contents, options, deadline, lambda result: self._prediction(result, options))
+
+    async def evaluate(
+        self,
+        contents: Sequence[Content | ApiError],
+        options: Options,
+        deadline: float | None,
+        finish: Callable[["Evaluated"], _T],
+    ) -> list[_T | ApiError]:
+        """As `classify`, with what `finish` makes of each image's result."""
         plan, rule = self.plans[options.protocol or self.protocol], self.rules[options.stop or self.stop]
         sound = [content for content in contents if not isinstance(content, ApiError)]
         if deadline is None:
@@ -108,14 +146,14 @@ class Classifier:
         try:
             jobs = self.scheduler.admit(plan, rule, len(sound), deadline=deadline)
         except Overloaded as error:
-            raise _refused(error) from None
+            raise refused(error) from None
         following = iter(jobs)
         try:
             return await asyncio.gather(
                 *(
                     _passed(content)
                     if isinstance(content, ApiError)
-                    else self._answer(next(following), content, options, deadline)
+                    else self._answer(next(following), content, deadline, finish)
                     for content in contents
                 )
             )
@@ -128,7 +166,7 @@ class Classifier:
         try:
             self.scheduler.check(deadline)
         except Overloaded as error:
-            raise _refused(error) from None
+            raise refused(error) from None
 
     def close(self) -> None:
         """Finish what was submitted and free the engines."""
@@ -149,7 +187,9 @@ class Classifier:
         ]
         return cheapest_first(protocol, seconds, block_sizes(protocol))
 
-    async def _answer(self, job: Job, content: bytes, options: Options, deadline: float) -> Prediction | ApiError:
+    async def _answer(
+        self, job: Job, content: Content, deadline: float, finish: Callable[["Evaluated"], _T]
+    ) -> _T | ApiError:
         began = time.monotonic()
         times = _Times()
         ticket = self._decoders.submit(job.rank, lambda: self._prepare(job, content, times))
@@ -166,14 +206,17 @@ class Classifier:
         finally:
             self.scheduler.release(job)
             self._decoders.free(ticket)
-        return self._prediction(job, tally, times, options, began)
+        return finish(self._evaluated(job, tally, times, began))
 
-    def _prepare(self, job: Job, content: bytes, times: _Times) -> int:
+    def _prepare(self, job: Job, content: Content, times: _Times) -> int:
         """Decode an image, make its views and submit them. Returns their bytes."""
         began = time.monotonic()
         made: dict[Preprocessing, list[NDArray[np.uint8]]] = {}
         try:
-            image = images.decode(content, max_pixels=self._max_pixels)
+            if isinstance(content, bytes):
+                image = images.decode(content, max_pixels=self._max_pixels)
+            else:
+                image = images.from_pixels(content, max_pixels=self._max_pixels)
             decoded = time.monotonic()
             for member in self._manifest.members:
                 if member.preprocessing not in made:
@@ -185,17 +228,9 @@ class Classifier:
         self.scheduler.submit(job, [made[member.preprocessing] for member in self._manifest.members])
         return sum(block.nbytes for blocks in made.values() for block in blocks)
 
-    def _prediction(self, job: Job, tally: Tally, times: _Times, options: Options, began: float) -> Prediction:
+    def _evaluated(self, job: Job, tally: Tally, times: _Times, began: float) -> "Evaluated":
         averaging = time.monotonic()
         mean = ensemble.average(tally.sums, tally.views)
-        top = [self._class(mean.ensemble, index) for index in ensemble.top(mean.ensemble, options.top_k)]
-        members = [
-            MemberVote(member=member.name, views=views, **self._class(row, ensemble.top(row, 1)[0]).model_dump())
-            for member, row, views in zip(self._manifest.members, mean.members, tally.views.tolist(), strict=True)
-            if views
-        ]
-        used, planned = int(tally.views.sum()), job.plan.views
-        total, weights = tally.sums.sum(axis=0), stopping.equal_weights(planned)
         now = time.monotonic()
         seconds = {
             "decode": times.decode,
@@ -205,22 +240,35 @@ class Classifier:
             "average": now - averaging,
             "total": now - began,
         }
-        self._metrics.answered(job.plan.protocol, job.rule.name, used, planned, seconds)
+        result = Evaluated(job.plan, job.rule.name, tally, mean, seconds)
+        self._metrics.answered(job.plan.protocol, job.rule.name, result.used, job.plan.views, seconds)
+        return result
+
+    def _prediction(self, result: "Evaluated", options: Options) -> Prediction:
+        mean = result.mean
+        top = [self._class(mean.ensemble, index) for index in ensemble.top(mean.ensemble, options.top_k)]
+        members = [
+            MemberVote(member=member.name, views=views, **self._class(row, ensemble.top(row, 1)[0]).model_dump())
+            for member, row, views in zip(
+                self._manifest.members, mean.members, result.tally.views.tolist(), strict=True
+            )
+            if views
+        ]
         return Prediction(
             **top[0].model_dump(),
             top=top,
             members=members,
-            protocol=job.plan.protocol,
-            stop_rule=job.rule.name,
-            views_used=used,
-            views_planned=planned,
-            certain=stopping.decided(total, weights, used),
-            certain_top5=stopping.decided(total, weights, used, _TOP),
+            protocol=result.plan.protocol,
+            stop_rule=result.rule,
+            views_used=result.used,
+            views_planned=result.plan.views,
+            certain=result.certain(),
+            certain_top5=result.certain(_TOP),
             entropy=float(ensemble.entropy(mean.ensemble)),
             mutual_information=ensemble.mutual_information(mean),
             abstained=top[0].probability < options.abstain_below,
             bundle=self._identity,
-            timings_ms=Timings(**{stage: round(1000 * value, 3) for stage, value in seconds.items()}),
+            timings_ms=Timings(**{stage: round(1000 * value, 3) for stage, value in result.seconds.items()}),
         )
 
     def _class(self, probabilities: NDArray[np.float64], index: int) -> ClassProbability:
@@ -236,7 +284,8 @@ async def _passed(error: ApiError) -> ApiError:
     return error
 
 
-def _refused(error: Overloaded) -> ApiError:
+def refused(error: Overloaded) -> ApiError:
+    """What a client is told of a request that is not taken."""
     return ApiError("overloaded", str(error), retry_after=error.retry_after, reason=error.reason)
 
 

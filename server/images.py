@@ -8,6 +8,7 @@ import io
 import re
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from resnet_ensemble.server.errors import ApiError
@@ -43,6 +44,13 @@ def decode(content: bytes, *, max_pixels: int) -> Image.Image:
         raise
     except Exception as error:  # decoders raise almost anything when fed hostile bytes
         raise ApiError("corrupt_image", f"the {image.format} can't be decoded: {_reason(error)}") from error
+
+
+def from_pixels(pixels: NDArray[np.uint8], *, max_pixels: int) -> Image.Image:
+    """An image from its RGB pixels (h, w, 3). Raises ApiError."""
+    height, width, _ = pixels.shape
+    _check_size((width, height), max_pixels)
+    return Image.fromarray(pixels)
 
 
 def _open(content: bytes) -> Image.Image:

@@ -65,6 +65,11 @@ class Metrics:
         self.restarts = Counter(
             "resnet_engine_restarts", "Engines that died and were opened anew", ["member"], registry=registry
         )
+        self.reloads = Counter(
+            "resnet_reloads", "Bundles loaded while serving: `switched` to, or `refused`", ["result"], registry=registry
+        )
+        for result in ("switched", "refused"):  # 0 is an answer, too
+            self.reloads.labels(result)
         self.unfinished_views = Gauge("resnet_unfinished_views", "Admitted views without a result", registry=registry)
         self.waiting_views = Gauge("resnet_waiting_views", "Views that wait for a free engine", registry=registry)
         self.waiting_view_bytes = Gauge(

@@ -1,8 +1,10 @@
-"""The classifier's life: loaded in the background, ready, closed."""
+"""The classifier's life: loaded in the background, ready, followed by another one, drained, closed."""
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from resnet_ensemble.export.bundle import BundleError
 from resnet_ensemble.export.engines import BackendUnavailable
@@ -13,6 +15,8 @@ from resnet_ensemble.server.quota import Memory, Quota
 from resnet_ensemble.server.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_EXPECTED = (BundleError, BackendUnavailable, OSError)  # their messages say what to do
 
 
 class Service:
@@ -35,31 +39,56 @@ class Service:
         self.memory = Memory(settings.max_pending_bytes)
         self._open_with = open_with
         self._on_fatal = on_fatal
-        self._classifier: Classifier | None = None
+        self._path = settings.bundle
+        self._serving: _Serving | None = None
         self._failure: str | None = None
+        self._switching = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._reloading: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
 
     @property
     def classifier(self) -> Classifier:
-        """The loaded classifier. Raises ApiError("not_ready")."""
-        if self._classifier is None:
-            raise ApiError("not_ready", self._failure or "the models are being loaded and checked", retry_after=1)
-        return self._classifier
+        """The classifier that is served now. Raises ApiError("not_ready")."""
+        return self._current().classifier
 
-    def check_ready(self) -> None:
-        """Raise ApiError("not_ready") unless every engine runs."""
-        down = self.classifier.scheduler.down
+    @contextmanager
+    def lease(self) -> Iterator[Classifier]:
+        """The classifier that is served now; it is not closed before the block ends. Raises ApiError("not_ready")."""
+        serving = self._current()
+        serving.leases += 1
+        serving.idle.clear()
+        try:
+            yield serving.classifier
+        finally:
+            serving.leases -= 1
+            if not serving.leases:
+                serving.idle.set()
+
+    def _current(self) -> "_Serving":
+        if self._serving is None:
+            raise ApiError("not_ready", self._failure or "the models are being loaded and checked", retry_after=1)
+        return self._serving
+
+    def check_ready(self, members: Sequence[int] | None = None) -> None:
+        """Raise ApiError("not_ready") unless every engine runs, or those of the given members."""
+        down = self._down(members)
         if down:
             raise self._not_ready(down)
 
-    def check_able(self) -> None:
+    def check_able(self, members: Sequence[int] | None = None) -> None:
         """Raise ApiError("not_ready") if an engine that died could not be opened anew.
 
         While the first attempt is on its way, requests are accepted and wait for it.
         """
-        broken = {member: reason for member, reason in self.classifier.scheduler.down.items() if reason}
+        broken = {member: reason for member, reason in self._down(members).items() if reason}
         if broken:
             raise self._not_ready(broken)
+
+    def _down(self, members: Sequence[int] | None) -> dict[int, str]:
+        down = self.classifier.scheduler.down
+        return down if members is None else {member: down[member] for member in members if member in down}
 
     def _not_ready(self, down: dict[int, str]) -> ApiError:
         members = self.classifier.bundle.manifest.members
@@ -69,16 +98,74 @@ class Service:
 
     async def start(self) -> None:
         """Begin to load; the server is alive meanwhile, but not ready."""
+        self._loop = asyncio.get_running_loop()
         self._loading = asyncio.create_task(self._load())
 
     async def stop(self) -> None:
         """Finish what was accepted and free the engines."""
-        if self._loading:
-            await self._loading
-        if self._classifier:
+        for task in (self._loading, self._reloading, self._draining):
+            if task:
+                await task
+        if self._serving:
             self.metrics.ready.set_function(lambda: 0)
-            await asyncio.to_thread(self._classifier.close)
-            self._classifier = None
+            await asyncio.to_thread(self._serving.classifier.close)
+            self._serving = None
+
+    async def reload(self, named: str | None = None) -> tuple[str, str]:
+        """Load a bundle beside the one that is served, warm up, check it, and switch to it; the old one is drained.
+
+        - named: a bundle in the folder of the setting `reload_from`; None: the path that is served
+
+        Returns the identities of the new bundle and of the old one. Raises ApiError: "not_ready",
+        "reload_in_progress", "bundle_not_allowed", or "bundle_refused", after which the old one goes on.
+        """
+        old = self._current()
+        if self._switching or (self._draining and not self._draining.done()):
+            doing = "another bundle is being loaded" if self._switching else "the bundle before still answers requests"
+            raise ApiError("reload_in_progress", f"{doing}; at most two are held at a time", retry_after=1)
+        path = self._path if named is None else self._allowed(named)
+        self._switching = True
+        try:
+            settings = self.settings.model_copy(update={"bundle": path})
+            classifier = await asyncio.to_thread(load, settings, self.metrics, self._open_with)
+        except Exception as error:  # whatever a new bundle does must not harm the old one
+            reason = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
+            log.exception("still serving %s, not %s", old.classifier.bundle.identity, path)
+            self.metrics.reloads.labels("refused").inc()
+            raise ApiError("bundle_refused", reason) from None
+        finally:
+            self._switching = False
+        self._path = path
+        self._serve(classifier)
+        self._draining = asyncio.create_task(_drain(old))
+        self.metrics.reloads.labels("switched").inc()
+        return classifier.bundle.identity, old.classifier.bundle.identity
+
+    def reload_soon(self) -> None:
+        """`reload`, asked for by a signal: from any thread, and what comes of it is only logged."""
+        if self._loop:
+            self._loop.call_soon_threadsafe(self._begin_reload)
+
+    def _begin_reload(self) -> None:
+        if self._reloading and not self._reloading.done():
+            log.warning("not reloaded: a reload is in progress")
+            return
+        self._reloading = asyncio.create_task(self._reload())
+
+    async def _reload(self) -> None:
+        try:
+            await self.reload()
+        except ApiError as error:
+            log.warning("not reloaded: %s", error)
+
+    def _allowed(self, named: str) -> Path:
+        root = self.settings.reload_from
+        if root is None:
+            raise ApiError("bundle_not_allowed", "bundles are named only where RESNET_RELOAD_FROM is set")
+        path = root / named
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ApiError("bundle_not_allowed", f"{named!r} is not in the folder of RESNET_RELOAD_FROM")
+        return path
 
     def _fail(self, message: str) -> None:
         self._failure = message
@@ -88,21 +175,45 @@ class Service:
     async def _load(self) -> None:
         try:
             classifier = await asyncio.to_thread(load, self.settings, self.metrics, self._open_with)
-        except (BundleError, BackendUnavailable, OSError) as error:
+        except _EXPECTED as error:
             self._fail(str(error))
             return
         except Exception as error:  # a server that can never be ready must not wait for ever
             log.exception("not serving")
             self._fail(f"the models can't be loaded ({error!r}); the log has more")
             return
-        self.metrics.bundle.labels(classifier.bundle.identity).set(1)
+        self._serve(classifier)
+
+    def _serve(self, classifier: Classifier) -> None:
+        """From now on this one answers, and the metrics tell of it."""
+        measured = self.metrics
+        measured.bundle.clear()
+        measured.engine.clear()
+        measured.bundle.labels(classifier.bundle.identity).set(1)
         for member, engine in zip(classifier.bundle.manifest.members, classifier.engines, strict=True):
             info = engine.info
-            self.metrics.engine.labels(member.name, info.backend, info.version, info.precision, info.device).set(1)
-        self.metrics.waiting_views.set_function(classifier.scheduler.waiting_views)
-        self.metrics.waiting_view_bytes.set_function(lambda: classifier.waiting_view_bytes)
-        self.metrics.unfinished_views.set_function(classifier.scheduler.unfinished_views)
-        self.metrics.predicted_wait.set_function(classifier.scheduler.predicted_wait)
-        self.metrics.ready.set_function(lambda: not classifier.scheduler.down)
-        self._classifier = classifier
+            measured.engine.labels(member.name, info.backend, info.version, info.precision, info.device).set(1)
+        measured.waiting_views.set_function(classifier.scheduler.waiting_views)
+        measured.waiting_view_bytes.set_function(lambda: classifier.waiting_view_bytes)
+        measured.unfinished_views.set_function(classifier.scheduler.unfinished_views)
+        measured.predicted_wait.set_function(classifier.scheduler.predicted_wait)
+        measured.ready.set_function(lambda: not classifier.scheduler.down)
+        self._serving = _Serving(classifier)
         log.info("ready: %s", classifier.bundle.identity)
+
+
+class _Serving:
+    """A classifier, and how many requests use it."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
+        self.leases = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+
+async def _drain(serving: _Serving) -> None:
+    """Close a classifier once its last request is answered."""
+    await serving.idle.wait()
+    await asyncio.to_thread(serving.classifier.close)
+    log.info("drained: %s", serving.classifier.bundle.identity)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from resnet_ensemble.export.host import cores
@@ -58,6 +58,11 @@ class Settings(BaseSettings):
     """How long a request's body may take to arrive."""
     drain_seconds: int = Field(default=30, ge=1)
     """How long SIGTERM waits for accepted requests."""
+
+    admin_key: SecretStr | None = Field(default=None, min_length=16)
+    """What POST /admin/reload wants as `Authorization: Bearer KEY`; without a key there is no /admin."""
+    reload_from: Path | None = None
+    """The folder whose bundles a request to /admin/reload may name; without it only the served one is loaded again."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

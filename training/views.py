@@ -132,6 +132,18 @@ def block_pixels(preprocessing: Preprocessing, protocol: str) -> tuple[int, ...]
     return tuple(side**2 for side in dict.fromkeys(sides))
 
 
+def can_be_view(height: int, width: int, preprocessing: Preprocessing) -> bool:
+    """Whether some protocol makes views of this size, from some image."""
+    if height == width == preprocessing.crop:
+        return True
+    shorter, longer = min(height, width), max(height, width)
+    sides = {_shorter_side(view, preprocessing) for views in DENSE_PROTOCOLS.values() for view in views}
+    quantum = preprocessing.quantum
+    return shorter in sides and (
+        longer == shorter or (longer % quantum == 0 and longer <= quantum * round(LONGEST * shorter / quantum))
+    )
+
+
 def make_blocks(image: Image.Image, preprocessing: Preprocessing, protocol: str) -> list[NDArray[np.uint8]]:
     """The views of an RGB image under any protocol, as arrays (views, h, w, 3) of one shape each, in its order."""
     if protocol in PROTOCOLS:

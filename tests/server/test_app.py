@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import images
-from resnet_ensemble.server.app import create_app
+from resnet_ensemble.server.app import NOT_OF_PREDICT, create_app
 from resnet_ensemble.server.errors import KINDS
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import Settings
@@ -132,7 +132,7 @@ def test_the_documentation_needs_no_other_server(client: TestClient) -> None:
 def test_the_openapi_document_lists_every_problem_of_predict(client: TestClient) -> None:
     operation = client.get("/openapi.json").json()["paths"]["/predict"]["post"]
 
-    statuses = {str(kind.status) for code, kind in KINDS.items() if code not in ("not_found", "method_not_allowed")}
+    statuses = {str(kind.status) for code, kind in KINDS.items() if code not in NOT_OF_PREDICT}
     assert statuses | {"200"} == operation["responses"].keys()
     assert {"multipart/form-data", "image/*"} <= operation["requestBody"]["content"].keys()
     assert json.dumps(operation).count("corrupt_image") >= 1

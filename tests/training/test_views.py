@@ -15,6 +15,7 @@ from resnet_ensemble.training.views import (
     Preprocessing,
     block_pixels,
     block_sizes,
+    can_be_view,
     make_blocks,
     make_views,
     make_whole_views,
@@ -182,3 +183,18 @@ def test_of_a_square_image_blocks_have_the_pixels_that_they_say() -> None:
     for protocol in ALL_PROTOCOLS:
         blocks = make_blocks(picture((50, 50)), preprocessing(), protocol)
         assert tuple(b.shape[1] * b.shape[2] for b in blocks) == block_pixels(preprocessing(), protocol)
+
+
+@given(SIZES, st.sampled_from(ALL_PROTOCOLS), st.sampled_from([(40, 32), (32, 32), (30, 20), (256, 224)]))
+@settings(max_examples=50)
+def test_what_a_protocol_makes_can_be_a_view(size: tuple[int, int], protocol: str, sides: tuple[int, int]) -> None:
+    how = preprocessing(*sides)
+    for block in make_blocks(picture(size), how, protocol):
+        assert can_be_view(*block.shape[1:3], how)
+
+
+@pytest.mark.parametrize("size", [(223, 224), (256, 289), (256, 544), (225, 225), (1, 1), (1280, 1280)], ids=str)
+def test_what_no_protocol_makes_can_not(size: tuple[int, int]) -> None:
+    how = preprocessing(256, 224)
+    assert not can_be_view(*size, how)
+    assert not can_be_view(*size[::-1], how)

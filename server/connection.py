@@ -1,0 +1,69 @@
+"""What routes ask of a request: whose it is, how large, until when it is of use, whether its client is still there."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Header, Request
+from starlette.requests import ClientDisconnect
+
+from resnet_ensemble.server.classifier import Classifier
+from resnet_ensemble.server.service import Service
+
+_T = TypeVar("_T")
+
+Timeout = Annotated[
+    float | None,
+    Header(
+        alias="X-Request-Timeout",
+        gt=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Seconds after which an answer is of no use: what is not done then is 504",
+    ),
+]
+
+
+def service_of(request: Request) -> Service:
+    """What the application serves."""
+    service: Service = request.app.state.service
+    return service
+
+
+async def _leased(request: Request) -> AsyncIterator[Classifier]:
+    with service_of(request).lease() as classifier:
+        yield classifier
+
+
+# What answers a request, from its beginning to its end: while another bundle takes over, too. Raises "not_ready".
+Leased = Annotated[Classifier, Depends(_leased, scope="function")]
+
+
+def client_of(request: Request) -> str:
+    """The address that a quota counts for."""
+    return request.client.host if request.client else "unknown"
+
+
+def body_size(request: Request, largest: int) -> int:
+    """What the body will have at most."""
+    length = request.headers.get("content-length", "")
+    return min(int(length), largest) if length.isdecimal() else largest
+
+
+async def unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:
+    """Await `work`, but cancel it when the client goes away, so that its views leave the queues."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

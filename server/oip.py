@@ -1,0 +1,241 @@
+"""The Open Inference Protocol v2 over HTTP, as KServe, Triton and their clients speak it.
+
+https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol, with its extension for binary
+tensors, and of Triton's extensions what tritonclient and perf_analyzer need: model configuration, the repository's
+index, classification, `timeout`, compressed bodies. Errors are {"error": "code: detail"}, with the codes of errors.py.
+"""
+
+import asyncio
+import gzip
+import importlib.metadata
+import time
+import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi.responses import JSONResponse
+
+from resnet_ensemble.server import models, tensors
+from resnet_ensemble.server.classifier import Classifier
+from resnet_ensemble.server.connection import (
+    Leased,
+    Timeout,
+    body_size,
+    client_of,
+    service_of,
+    unless_disconnected,
+)
+from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.models import Model
+from resnet_ensemble.server.service import Service
+from resnet_ensemble.server.tensors import HEADER_LENGTH, Spec
+
+_PREFIX = "/v2"
+_EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "parameters")
+_CONFIG_TYPES = {
+    "BYTES": "TYPE_STRING",
+    "FP32": "TYPE_FP32",
+    "INT64": "TYPE_INT64",
+    "BOOL": "TYPE_BOOL",
+    "UINT8": "TYPE_UINT8",
+}
+_WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}  # "deflate" means zlib's format: RFC 9110
+_STEP = 2**20  # bytes that are decompressed before they are counted
+_WORTH_COMPRESSING = 1024  # bytes
+
+# The protocol has a document of its own; ours, at /docs, is about what only this server has.
+router = APIRouter(prefix=_PREFIX, include_in_schema=False)
+
+
+def speaks(request: Request) -> bool:
+    """Whether a request is one of this protocol, so that its refusal must be, too."""
+    return request.url.path == _PREFIX or request.url.path.startswith(f"{_PREFIX}/")
+
+
+def refusal(error: ApiError, headers: Mapping[str, str]) -> Response:
+    """An error in the protocol's shape."""
+    return JSONResponse({"error": str(error)}, error.kind.status, headers)
+
+
+async def _find(request: Request, classifier: Leased, name: str, version: str | None = None) -> Model:
+    return models.find(classifier, service_of(request).settings, name, version)
+
+
+Named = Annotated[Model, Depends(_find)]
+
+
+@router.get("")
+async def server() -> dict[str, Any]:
+    """What this server is."""
+    version = importlib.metadata.version("resnet-ensemble")
+    return {"name": "resnet-ensemble", "version": version, "extensions": _EXTENSIONS}
+
+
+@router.get("/health/live")
+async def live() -> dict[str, bool]:
+    """Answers as soon as the server listens."""
+    return {"live": True}
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> dict[str, bool]:
+    """As /readyz."""
+    service_of(request).check_ready()
+    return {"ready": True}
+
+
+@router.get("/models/{name}")
+@router.get("/models/{name}/versions/{version}")
+async def metadata(model: Named) -> dict[str, Any]:
+    """A model's tensors."""
+    return {
+        "name": model.name,
+        "versions": [_version(model.classifier)],
+        "platform": model.platform,
+        "inputs": [_described(spec) for spec in model.inputs],
+        "outputs": [_described(spec) for spec in model.outputs],
+    }
+
+
+@router.get("/models/{name}/config")
+@router.get("/models/{name}/versions/{version}/config")
+async def config(request: Request, model: Named) -> dict[str, Any]:
+    """The same as Triton's model configuration has it: without the first dimension, whose limit is max_batch_size."""
+    return {
+        "name": model.name,
+        "platform": model.platform,
+        "max_batch_size": service_of(request).settings.max_images_per_request,
+        "input": [_configured(spec) | {"optional": model.alternatives} for spec in model.inputs],
+        "output": [_configured(spec) for spec in model.outputs],
+    }
+
+
+@router.get("/models/{name}/ready")
+@router.get("/models/{name}/versions/{version}/ready")
+async def model_ready(request: Request, model: Named) -> dict[str, Any]:
+    """Whether the model's engines run."""
+    service_of(request).check_ready(model.members)
+    return {"name": model.name, "ready": True}
+
+
+@router.post("/repository/index")
+async def index(request: Request) -> list[dict[str, str]]:
+    """Every model."""
+    service = service_of(request)
+    classifier = service.classifier
+    down = classifier.scheduler.down
+    return [
+        {
+            "name": model.name,
+            "version": _version(classifier),
+            "state": "UNAVAILABLE" if down.keys() & {*model.members} else "READY",
+            "reason": "; ".join(down[member] for member in model.members if member in down),
+        }
+        for model in models.all_models(classifier, service.settings)
+    ]
+
+
+@router.post("/models/{name}/infer")
+@router.post("/models/{name}/versions/{version}/infer")
+async def infer(
+    request: Request,
+    model: Named,
+    seconds: Timeout = None,
+    header_length: Annotated[str | None, Header(alias=HEADER_LENGTH)] = None,
+) -> Response:
+    """Run a model. The body is described in tensors.py."""
+    service = service_of(request)
+    began = time.monotonic()
+    deadline = began + (service.settings.timeout_seconds if seconds is None else seconds)
+    service.check_able(model.members)
+    classifier = model.classifier
+    classifier.check_admission(deadline)
+    with ExitStack() as held:
+        body = await _body(request, service, held)
+        asked = await asyncio.to_thread(tensors.decode, body, header_length, model.inputs, model.outputs)
+        if asked.parameters.timeout is not None:
+            deadline = min(deadline, began + asked.parameters.timeout / 1e6)
+        rows = model.rows(asked.inputs)
+        held.enter_context(service.quota.hold(client_of(request), rows))
+        held.enter_context(service.metrics.hold_in_flight(rows))
+        outputs = await unless_disconnected(request, model.infer(asked.inputs, asked.parameters, deadline))
+        head = {"model_name": model.name, "model_version": _version(classifier)}
+        labels = classifier.bundle.manifest.labels
+        content, length = await asyncio.to_thread(tensors.encode, head, asked, outputs, labels)
+        headers = {"X-Bundle": classifier.bundle.identity}
+        if length is not None:
+            headers[HEADER_LENGTH] = str(length)
+        encoding = _accepted(request)
+        if encoding and len(content) >= _WORTH_COMPRESSING:
+            content = await asyncio.to_thread(_compress, content, encoding)
+            headers["Content-Encoding"] = encoding
+    return Response(content, 200, headers, "application/json" if length is None else "application/octet-stream")
+
+
+async def _body(request: Request, service: Service, held: ExitStack) -> bytes | bytearray:
+    """The body, decompressed. `held` holds the room for it."""
+    settings = service.settings
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity" and encoding not in _WINDOW_BITS:
+        raise ApiError(
+            "unsupported_media_type", f"the content encoding is {encoding[:100]!r}; gzip and deflate are known"
+        )
+    held.enter_context(service.memory.hold(body_size(request, settings.max_request_bytes)))
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.upload_seconds):
+            async for chunk in request.stream():
+                body += chunk
+    except TimeoutError:
+        allowed = settings.upload_seconds
+        raise ApiError("slow_upload", f"the request's body did not arrive within {allowed:g} s") from None
+    return body if encoding == "identity" else await _decompress(body, encoding, service, held)
+
+
+async def _decompress(body: bytearray, encoding: str, service: Service, held: ExitStack) -> bytearray:
+    """Step by step, so that a body that grows without end is refused early, and others run in between."""
+    largest = service.settings.max_request_bytes
+    decompressor = zlib.decompressobj(_WINDOW_BITS[encoding])
+    content, rest = bytearray(), bytes(body)
+    while not decompressor.eof:
+        try:
+            piece = await asyncio.to_thread(decompressor.decompress, rest, _STEP)
+        except zlib.error as error:
+            raise ApiError("malformed_request", f"the body is not {encoding}: {error}") from None
+        rest = decompressor.unconsumed_tail
+        if not piece and not rest and not decompressor.eof:
+            raise ApiError("malformed_request", f"the body ends before its {encoding} data do")
+        if len(content) + len(piece) > largest:
+            raise ApiError("request_too_large", f"the body has more than {largest} bytes when it is decompressed")
+        held.enter_context(service.memory.hold(len(piece)))
+        content += piece
+    if decompressor.unused_data:
+        raise ApiError("malformed_request", f"{len(decompressor.unused_data)} bytes follow the body's {encoding} data")
+    return content
+
+
+def _accepted(request: Request) -> str | None:
+    """An encoding that the client takes and we have."""
+    for choice in request.headers.get("accept-encoding", "").split(","):
+        name, _, quality = choice.partition(";")
+        if name.strip().lower() in _WINDOW_BITS and quality.replace(" ", "") not in ("q=0", "q=0.0"):
+            return name.strip().lower()
+    return None
+
+
+def _compress(content: bytes, encoding: str) -> bytes:
+    return gzip.compress(content, 1) if encoding == "gzip" else zlib.compress(content, 1)
+
+
+def _version(classifier: Classifier) -> str:
+    return classifier.bundle.manifest.version
+
+
+def _described(spec: Spec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
+
+
+def _configured(spec: Spec) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": _CONFIG_TYPES[spec.datatype], "dims": spec.shape[1:]}
