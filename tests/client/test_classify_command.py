@@ -47,7 +47,7 @@ def test_in_a_terminal_it_prints_a_table(
     assert lines[1].split()[0] == "truck"
     assert "█" in lines[1]
     assert "members: resnet20 truck" in lines[6]
-    assert "center, 2 of 2 views" in lines[7]
+    assert "center, 4 of 4 views" in lines[7]
 
     assert main(["white.png", "--json"]) == 0
     json.loads(capsys.readouterr().out)

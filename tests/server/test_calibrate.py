@@ -28,8 +28,8 @@ class Sharp(FakeEngine):
 
 
 @pytest.fixture
-def bundle(shipped: Bundle, tmp_path: Path) -> Bundle:
-    copy = Bundle.open(Path(shutil.copytree(shipped.path, tmp_path / "bundle")))
+def bundle(pair: Bundle, tmp_path: Path) -> Bundle:
+    copy = Bundle.open(Path(shutil.copytree(pair.path, tmp_path / "bundle")))
     (copy.path / calibration.FILE).unlink(missing_ok=True)
     return copy
 

@@ -17,8 +17,8 @@ INT8 = EngineInfo("onnxruntime", "1", "int8", "cpu", threads=1)
 
 
 @pytest.fixture
-def bundle(shipped: Bundle, tmp_path: Path) -> Bundle:
-    copy = Bundle.open(Path(shutil.copytree(shipped.path, tmp_path / "bundle")))
+def bundle(pair: Bundle, tmp_path: Path) -> Bundle:
+    copy = Bundle.open(Path(shutil.copytree(pair.path, tmp_path / "bundle")))
     (copy.path / calibration.FILE).unlink(missing_ok=True)
     return copy
 
