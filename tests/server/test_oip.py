@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.errors import KINDS
 from resnet_ensemble.server.tensors import HEADER_LENGTH, pack
@@ -142,10 +143,10 @@ def test_protocol_and_stop_rule_are_parameters(client: TestClient, png: Png) -> 
     assert early["certain"] == [True]
 
 
-def test_a_member_answers_ready_made_views(client: TestClient) -> None:
+def test_a_member_answers_ready_made_views(client: TestClient, pair: Bundle) -> None:
     views = np.stack([np.full((32, 32, 3), brightness) for brightness in (0, 90, 255)])
 
-    for url in (f"/v2/models/{MEMBER}/infer", f"/v2/models/{MEMBER}/versions/2/infer"):
+    for url in (f"/v2/models/{MEMBER}/infer", f"/v2/models/{MEMBER}/versions/{pair.manifest.version}/infer"):
         found = outputs(send(client, pixels(views, "views"), url))["probabilities"]
         np.testing.assert_allclose(np.reshape(found, (3, 10)), FakeEngine(10).run(views.astype(np.uint8)), rtol=1e-6)
 

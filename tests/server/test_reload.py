@@ -15,6 +15,7 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
+from resnet_ensemble.export import sealed
 from resnet_ensemble.export.bundle import Bundle, Member
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.app import create_app
@@ -33,14 +34,14 @@ WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 def change(bundle: Path, **fields: Any) -> None:
     """Other fields in a bundle's manifest."""
     file = bundle / "bundle.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    file.write_bytes(sealed.dumps(sealed.loads(file.read_bytes()) | fields))
 
 
 @pytest.fixture
-def bundles(tmp_path: Path, shipped: Bundle) -> Path:
+def bundles(tmp_path: Path, pair: Bundle) -> Path:
     """A folder of bundles: `served` and `next`, of other versions."""
     for name in ("served", "next"):
-        shutil.copytree(shipped.path, tmp_path / name)
+        shutil.copytree(pair.path, tmp_path / name)
         change(tmp_path / name, version=name)
     return tmp_path
 

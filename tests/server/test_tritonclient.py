@@ -29,11 +29,11 @@ def pictures(bundle: Bundle, *names: str) -> triton.InferInput:
     return image.set_data_from_numpy(np.array(contents, np.object_)[:, None])
 
 
-def test_health_metadata_and_the_index(client: triton.InferenceServerClient) -> None:
+def test_health_metadata_and_the_index(client: triton.InferenceServerClient, pair: Bundle) -> None:
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready(ENSEMBLE)
-    assert client.is_model_ready(MEMBER, "2")
+    assert client.is_model_ready(MEMBER, pair.manifest.version)
     assert not client.is_model_ready("none")
     assert client.get_server_metadata()["name"] == "resnet-ensemble"
     assert client.get_model_metadata(MEMBER)["inputs"][0]["name"] == "views"
@@ -42,10 +42,10 @@ def test_health_metadata_and_the_index(client: triton.InferenceServerClient) -> 
 
 
 @pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
-def test_pictures(client: triton.InferenceServerClient, shipped: Bundle, compression: str | None) -> None:
+def test_pictures(client: triton.InferenceServerClient, pair: Bundle, compression: str | None) -> None:
     result = client.infer(
         ENSEMBLE,
-        [pictures(shipped, "ship", "frog")],
+        [pictures(pair, "ship", "frog")],
         request_id="7",
         request_compression_algorithm=compression,
         response_compression_algorithm=compression,
@@ -61,8 +61,8 @@ def test_pictures(client: triton.InferenceServerClient, shipped: Bundle, compres
     assert result.as_numpy("probabilities").dtype == np.float32
 
 
-def test_pixels_and_classification(client: triton.InferenceServerClient, shipped: Bundle) -> None:
-    with Image.open(shipped.path / "golden" / "truck.png") as picture:
+def test_pixels_and_classification(client: triton.InferenceServerClient, pair: Bundle) -> None:
+    with Image.open(pair.path / "golden" / "truck.png") as picture:
         array = np.asarray(picture.convert("RGB"))[None]
     pixels = triton.InferInput("pixels", [*array.shape], "UINT8").set_data_from_numpy(array)
 
@@ -74,11 +74,11 @@ def test_pixels_and_classification(client: triton.InferenceServerClient, shipped
 
 
 def test_a_members_views_average_to_its_golden_probabilities(
-    client: triton.InferenceServerClient, shipped: Bundle
+    client: triton.InferenceServerClient, pair: Bundle
 ) -> None:
-    manifest = shipped.manifest
+    manifest = pair.manifest
     golden = next(golden for golden in manifest.golden if "ship" in golden.file)
-    with Image.open(shipped.path / golden.file) as picture:
+    with Image.open(pair.path / golden.file) as picture:
         views = make_views(picture.convert("RGB"), manifest.members[0].preprocessing, manifest.golden_protocol)
     for binary in (True, False):
         given = triton.InferInput("views", [*views.shape], "UINT8").set_data_from_numpy(views, binary_data=binary)
@@ -87,8 +87,8 @@ def test_a_members_views_average_to_its_golden_probabilities(
         np.testing.assert_allclose(found.mean(axis=0), golden.probabilities["resnet20"], atol=manifest.golden_tolerance)
 
 
-def test_requests_side_by_side(client: triton.InferenceServerClient, shipped: Bundle) -> None:
-    requests = [client.async_infer(ENSEMBLE, [pictures(shipped, "ship")]) for _ in range(5)]
+def test_requests_side_by_side(client: triton.InferenceServerClient, pair: Bundle) -> None:
+    requests = [client.async_infer(ENSEMBLE, [pictures(pair, "ship")]) for _ in range(5)]
 
     assert [request.get_result().as_numpy("label").tolist() for request in requests] == [[b"ship"]] * 5
 
