@@ -14,7 +14,8 @@ is written to BUNDLE.engines/ beside the bundle, where the server looks for it. 
 Where there is an NVIDIA GPU, its engines are built, too (--device); on a GPU none of this has been run yet.
 
 With --weights or --ensemble the bundle is made first, as by export/to_onnx.py, unless it is there already. With
---triton a model repository for Triton is written last: every member as ONNX, and the ensemble that averages them.
+--triton a model repository for Triton is written last: every member, and the ensemble that averages them. A member is
+the TensorRT plan that was chosen for it, for a Triton with the same TensorRT on the same kind of GPU, or else its ONNX.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from resnet_ensemble.export.engine_store import (
     REPORT,
     EngineStore,
     Record,
+    Stored,
     fingerprint,
     tolerance,
 )
@@ -52,10 +54,12 @@ from resnet_ensemble.export.engines import (
     EngineLoadError,
     EngineRunError,
     Precision,
+    tensorrt_profiles,
 )
 from resnet_ensemble.export.gate import CalibrationError, Pictures
 from resnet_ensemble.export.precisions import float8
 from resnet_ensemble.export.quantize import Calibration
+from resnet_ensemble.export.triton_repository import Plan
 
 SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
 TIMED_BATCHES = (1, 10, 40)
@@ -258,6 +262,15 @@ def table(rows: list[Row], chosen: set[str]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
+def plans(bundle: Bundle, best: list[Stored | None]) -> dict[str, Plan]:
+    """TensorRT's plans of the members whose fastest engine one is: Triton runs those as they are."""
+    return {
+        member.name: Plan(stored.content, max_batch=tensorrt_profiles.BUCKETS[-1])
+        for member, stored in zip(bundle.manifest.members, best, strict=True)
+        if stored and stored.record.backend == "tensorrt"
+    }
+
+
 def _bundle(arguments: argparse.Namespace) -> Bundle:
     if not arguments.weights and not arguments.ensemble:
         return Bundle.open(arguments.bundle)
@@ -317,7 +330,7 @@ def main() -> None:
         store = EngineStore(bundle)
         best = [store.best(member) for member in bundle.manifest.members]
         if arguments.triton:
-            triton_repository.write(bundle, arguments.triton)
+            triton_repository.write(bundle, arguments.triton, plans(bundle, best))
     except (BundleError, CalibrationError, engines.BackendUnavailable) as problem:
         sys.exit(f"build_engines: {problem}")
     except OSError as problem:

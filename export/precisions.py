@@ -35,25 +35,9 @@ HEADROOM = 4.0
 
 def for_tensorrt(graph: bytes, precision: Precision) -> bytes:
     """What TensorRT is to parse: an FP32 graph, or for int8 and fp8 a quantized one, in the types of a precision."""
-    graph = floats_first(graph)
     if precision == "bf16":
         return lowered(graph, "bf16")
     return graph if precision == "fp32" else lowered(graph, "fp16")
-
-
-def floats_first(graph: bytes) -> bytes:
-    """The same graph, where views are cast before they are transposed: TensorRT transposes no bytes."""
-    model = onnx.load_from_string(graph)
-    nodes = list(model.graph.node)
-    transposes = [n for n in nodes if n.op_type == "Transpose" and n.input[0] == model.graph.input[0].name]
-    if not transposes:
-        return graph
-    (transpose,) = transposes
-    (cast,) = [n for n in nodes if n.op_type == "Cast" and n.input[0] == transpose.output[0]]
-    before, between, after = transpose.input[0], transpose.output[0], cast.output[0]
-    transpose.input[0], transpose.output[0], cast.input[0], cast.output[0] = between, after, before, between
-    others = [n for n in nodes if n is not transpose and n is not cast]
-    return _written(model, [cast, transpose, *others])
 
 
 def lowered(graph: bytes, half: Half) -> bytes:

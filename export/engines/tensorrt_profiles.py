@@ -35,9 +35,10 @@ class Profile:
 
 
 def profiles(seen: Preprocessing) -> tuple[Profile, ...]:
-    """Crops, few and many; whole views that are wide, and those that are tall.
+    """Crops, many and few; whole views that are wide, and those that are tall.
 
-    Wide and tall ones are apart because a profile's memory is that of its largest height with its largest width.
+    The first takes every batch of crops, since it is the only one that Triton uses. Wide and tall ones are apart
+    because a profile's memory is that of its largest height with its largest width.
     """
     side, quantum = seen.crop, seen.quantum
     shortest = min(seen.resize, SCALES[0] * quantum)
@@ -45,10 +46,9 @@ def profiles(seen: Preprocessing) -> tuple[Profile, ...]:
     # Photographs are mostly 3:4.
     usual = quantum * max(1, round(seen.resize * 4 / 3 / quantum))
     n = WHOLE_VIEWS
-    many = next(bucket for bucket in BUCKETS if bucket > FEW)
     return (
+        Profile((1, side, side), (BUCKETS[-1], side, side), (BUCKETS[-1], side, side)),
         Profile((1, side, side), (1, side, side), (FEW, side, side)),
-        Profile((many, side, side), (BUCKETS[-1], side, side), (BUCKETS[-1], side, side)),
         Profile((1, shortest, shortest), (2, seen.resize, usual), (n, shorter, LONGEST * shorter)),
         Profile((1, shortest, shortest), (2, usual, seen.resize), (n, LONGEST * shorter, shorter)),
     )

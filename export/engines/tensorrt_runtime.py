@@ -133,8 +133,8 @@ class _Program:
         return max(taken)
 
     def profile(self, size: Size) -> int:
-        """The number of the first profile that takes a size."""
-        return next(i for i, profile in enumerate(self.profiles) if profile.accepts(size))
+        """The number of the profile that takes a size and the least beyond it; one for crops before one for others."""
+        return min((not p.crops, p.most, i) for i, p in enumerate(self.profiles) if p.accepts(size))[2]
 
 
 def _deserialize(module: ModuleType, plan: bytes, logger: Any, device: str) -> _Program:
@@ -230,7 +230,9 @@ class _Slot:
     def _capture_all(self, stack: ExitStack) -> None:
         """A context and a graph for each bucket. They never run together, so they share their memory."""
         program = self._program
-        sizes = [(n, *p.most[1:]) for p in program.profiles if p.crops for n in BUCKETS if p.least[0] <= n <= p.most[0]]
+        crops = {profile.most[1:] for profile in program.profiles if profile.crops}
+        most = max((profile.most[0] for profile in program.profiles if profile.crops), default=0)
+        sizes = [(n, *side) for side in crops for n in BUCKETS if n <= most]
         needed = 0
         for size in sizes:
             self._contexts[size] = context = self._context(program.profile(size))

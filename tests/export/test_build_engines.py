@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from resnet_ensemble.export import drawings, engines
+from resnet_ensemble.export import build_engines, drawings, engines
 from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.triton_repository import Plan
 from resnet_ensemble.training.model import cifar
 
 
@@ -145,6 +148,16 @@ def test_a_triton_repository_is_written_when_it_is_asked_for(root: Path, bundle:
 
     assert f"Triton model repository: {tmp_path / 'models'}" in result.stdout, result.stderr
     assert {path.name for path in (tmp_path / "models").iterdir()} >= {"cifar10", f"cifar10-{member}", "README.md"}
+
+
+def test_triton_gets_the_plan_of_a_member_whose_best_engine_is_one_and_the_onnx_file_of_others(shipped: Bundle) -> None:
+    tensorrt, cpu = (SimpleNamespace(record=SimpleNamespace(backend=b), content=b"a plan") for b in ("tensorrt", "x"))
+    best: list[Any] = [tensorrt, cpu, None, tensorrt]
+
+    assert build_engines.plans(shipped, best) == {
+        "resnet20": Plan(b"a plan", max_batch=40),
+        "resnet56": Plan(b"a plan", max_batch=40),
+    }
 
 
 def test_a_folder_that_is_no_triton_repository_is_refused_before_anything_is_built(root: Path, bundle: Path) -> None:

@@ -118,10 +118,6 @@ def test_views_are_cast_before_they_are_transposed(prepared: dict[Precision, byt
     assert first.op_type == "Cast"
 
 
-def test_a_graph_that_casts_first_is_left_alone(prepared: dict[Precision, bytes]) -> None:
-    assert precisions.floats_first(prepared["fp32"]) is prepared["fp32"]
-
-
 def test_no_calibrated_activation_saturates_in_fp8(graph: bytes, calibration: Calibration) -> None:
     model = onnx.load_from_string(precisions.float8(graph, calibration))
     scales = {t.name: float(numpy_helper.to_array(t)) for t in model.graph.initializer if t.name.endswith(".scale")}

@@ -113,9 +113,17 @@ def test_the_profiles_take_every_view_of_every_protocol(seen: Preprocessing) -> 
             for view in make_whole_views(Image.new("RGB", size), seen, protocol):
                 assert any(profile.accepts((1, *view.shape[:2])) for profile in taken), (size, view.shape)
     assert all(any(p.accepts((n, seen.crop, seen.crop)) for p in taken if p.crops) for n in BUCKETS)
+    assert all(taken[0].accepts((n, seen.crop, seen.crop)) for n in range(1, BUCKETS[-1] + 1))  # as Triton needs it
     for profile in taken:
         assert profile.accepts(profile.best)
     assert max(profile.most[1] for profile in taken) <= 2 * max(seen.resize, SCALES[-1] * seen.quantum)
+
+
+def test_few_crops_run_on_the_profile_that_is_tuned_for_few(engine: TensorRtEngine) -> None:
+    program = engine._program
+
+    tuned = {n: program.profiles[program.profile((n, 32, 32))].best[0] for n in BUCKETS}
+    assert tuned == {1: 1, 2: 1, 5: 1, 10: 40, 20: 40, 40: 40}
 
 
 @pytest.mark.parametrize("size", [(20, 20), (161, 160), (32, 400)])
@@ -243,7 +251,7 @@ def test_a_library_that_makes_no_runtime_is_an_error(trt: TensorRt, cudart: Cuda
     ("method", "message"),
     [
         ("create_execution_context", "makes no context"),
-        ("set_optimization_profile_async", "refuses profile 0"),
+        ("set_optimization_profile_async", "refuses profile 1"),
         ("set_input_shape", r"refuses views of \(1, 32, 32\)"),
         ("infer_shapes", "without shapes of"),
         ("set_tensor_address", "the address of views"),
@@ -361,7 +369,7 @@ def test_the_fake_runs_what_is_right(context: Any, cudart: Cudart) -> None:
 
 
 def test_the_fake_refuses_a_shape_outside_the_profile(context: Any) -> None:
-    assert not context.set_input_shape("views", (6, 32, 32, 3))
+    assert not context.set_input_shape("views", (41, 32, 32, 3))
     assert not context.set_input_shape("pixels", (1, 32, 32, 3))
 
 
