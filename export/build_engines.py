@@ -60,6 +60,7 @@ from resnet_ensemble.export.gate import CalibrationError, Pictures
 from resnet_ensemble.export.precisions import float8
 from resnet_ensemble.export.quantize import Calibration
 from resnet_ensemble.export.triton_repository import Plan
+from resnet_ensemble.training.views import Preprocessing
 
 SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
 TIMED_BATCHES = (1, 10, 40)
@@ -192,15 +193,19 @@ def build_all(
     store = EngineStore(bundle)
     variants = [(b, p) for b, p in engines.available(device) if precisions is None or p in precisions]
     rows: list[Row] = []
+    seen: dict[Preprocessing, Pictures] = {}  # members often see pictures in the same way, and reading them takes long
     with store.building():
         for member in bundle.manifest.members:
             if members is not None and member.name not in members:
                 continue
-            pictures = (
-                gate.from_folder(calibration, member.preprocessing, bundle.manifest.labels)
-                if calibration
-                else gate.from_golden(bundle, member)
-            )
+            if calibration is None:
+                pictures = gate.from_golden(bundle, member)
+            else:
+                if member.preprocessing not in seen:
+                    seen[member.preprocessing] = gate.from_folder(
+                        calibration, member.preprocessing, bundle.manifest.labels
+                    )
+                pictures = seen[member.preprocessing]
             workshop = Workshop(bundle, member, pictures, own_calibration=calibration is None)
             for backend, precision in tqdm(variants, member.name, unit="engine", leave=False, disable=None):
                 rows.append(_row(store, workshop, backend, precision, dry_run=dry_run))
@@ -339,9 +344,11 @@ def main() -> None:
         print((store.folder / REPORT).read_text(), end="")
         return
     print(table(rows, {stored.record.key for stored in best if stored}))
+    built = sum(row.note in ("built", "would be built") for row in rows)
+    reused = sum(row.note == "reused" for row in rows)
     print(
-        f"{bundle.identity}: chosen by views/s x{DECISIVE_BATCH} among those that passed; "
-        f"written to {store.folder / REPORT}"
+        f"{bundle.identity}: {built or 'no'} engines {'to build' if arguments.dry_run else 'built'}, {reused} reused; "
+        f"chosen by views/s x{DECISIVE_BATCH} among those that passed; written to {store.folder / REPORT}"
     )
     if arguments.triton:
         print(f"Triton model repository: {arguments.triton}")
