@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import time
+from collections import Counter
 
 from resnet_ensemble.client._client import AsyncClient
 from resnet_ensemble.client._errors import ResnetError, StatusError
@@ -60,13 +61,13 @@ class Sender:
         except OSError as error:
             return _rows.of_error(item.id, path, None, _rows.UNREADABLE, str(error))
         sha256 = hashlib.sha256(content).hexdigest()
-        attempts = 0
+        attempts, failures = 0, Counter[str]()
         while await self._gate.enter():
             attempts += 1
             began = time.monotonic()
             try:
                 answer = await self._send(content)
-                failed = verdict(answer, attempts) if isinstance(answer, ResnetError) else None
+                failed = verdict(answer, failures) if isinstance(answer, ResnetError) else None
                 self._count(failed, began)
             finally:
                 self._gate.leave()
