@@ -1,5 +1,6 @@
 """Exactly one row for each input, wherever a job is killed."""
 
+import io
 import itertools
 import json
 import os
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 from hypothesis import example, given, settings
@@ -183,6 +184,46 @@ def test_force_deletes_nothing_where_nothing_changed(tmp_path: Path) -> None:
     with Output(tmp_path / "rows") as output:
         assert output.begin(CONFIGURATION, force=True) is None
         assert output.rows == 2
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync"])
+def test_half_a_line_is_taken_back_so_that_the_next_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    class Full(io.FileIO):
+        """The disk takes ten bytes, and then none."""
+
+        def write(self, line: Any, /) -> int:
+            if len(line) < 20 and fails == "write":
+                raise OSError(28, "No space left on device")
+            return super().write(line[:10] if fails == "write" else line)
+
+    def sync(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with begun(tmp_path / "rows") as output:
+        output.commit([row("a")])
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", lambda path, *how, **more: Full(path, "ab"))
+            if fails == "fsync":
+                patch.setattr(os, "fsync", sync)
+            for _ in range(2):
+                with pytest.raises(OSError, match=r"No space|Input/output"):
+                    Disk().append(tmp_path / "rows" / LEDGER, b'{"shard": "part-000001.jsonl"}\n')
+        output.commit([row("b")])
+
+    with begun(tmp_path / "rows") as output:
+        assert list(output.ids()) == ["a", "b"]
+
+
+def test_a_file_that_can_not_be_written_whole_is_not_left_there(tmp_path: Path) -> None:
+    def fill(file: BinaryIO) -> None:
+        file.write(bytes(100_000))
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        Disk().write(tmp_path / "part", fill)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_jobs_do_not_write_into_one_output(tmp_path: Path) -> None:
