@@ -120,6 +120,8 @@ class Inputs:
         total = 0
         for argument in self._arguments:
             unknown = argument == "-" or "://" in argument or argument.lower().endswith(_ARCHIVES)
+            # With pictures in a list of text, counting would read all of them.
+            unknown |= self._columns.content is not None and not argument.endswith(".parquet")
             if unknown or (argument.endswith(".parquet") and _has_pattern(argument)):
                 return None
             total += self._count(argument)

@@ -158,6 +158,7 @@ def test_lists_of_paths(folder: Path) -> None:
     assert ids("list.txt") == ["a.jpg", "b/c.PNG", "no\\xff.jpg"]
     assert Inputs(("list.txt",)).count() == 3
     assert Inputs(("-",)).count() is None
+    assert Inputs(("list.txt",), columns=Columns(content="data")).count() is None
 
 
 def test_relative_paths_begin_from_the_root(folder: Path) -> None:

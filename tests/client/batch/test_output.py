@@ -10,11 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from resnet_ensemble.client.batch import OutputError
+from resnet_ensemble.client.batch import OutputError, _formats
 from resnet_ensemble.client.batch._disk import Disk
 from resnet_ensemble.client.batch._formats import FORMATS
 from resnet_ensemble.client.batch._output import LEDGER, Entry, Output, differences, live, parse_ledger
@@ -305,6 +306,17 @@ def test_both_formats_hold_the_same(tmp_path: Path) -> None:
     assert rows_on_disk(tmp_path / "rows.jsonl") == rows_on_disk(tmp_path / "rows.parquet") == rows
     assert [path.name for path in (tmp_path / "rows.jsonl.shards").iterdir()] == [LEDGER]
     json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
+
+
+def test_small_shards_become_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_formats, "_GROUP", 4)
+    with begun(tmp_path / "rows.parquet") as output:
+        for number in range(11):
+            output.commit([row(str(number))])
+        output.finish()
+
+    written = pq.ParquetFile(tmp_path / "rows.parquet").metadata
+    assert [written.row_group(group).num_rows for group in range(written.num_row_groups)] == [4, 4, 3]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
