@@ -337,13 +337,16 @@ def _as_os_error(path: str, error: Exception) -> OSError:
     return error if isinstance(error, OSError) else OSError(f"{printable(path)}: {type(error).__name__}: {error}")
 
 
-def _walk(folder: str, sort: bool, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Item]:
+def _walk(
+    folder: str, sort: bool, depth: int | None = None, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[Item]:
     """The files of a folder and of those in it, and folders that can't be read; what is hidden is left out.
 
-    above: device and inode of the folders that it is in; a link to one of them leads nowhere new
+    - depth: 1 for the folder alone, 2 with those in it; None for all of them
+    - above: device and inode of the folders that it is in; a link to one of them leads nowhere new
     """
     if "://" in folder:
-        yield from _walk_remote(folder, sort)
+        yield from _walk_remote(folder, sort, depth)
         return
     try:
         status, entries = Path(folder).stat(), os.scandir(folder)
@@ -358,10 +361,10 @@ def _walk(folder: str, sort: bool, above: frozenset[tuple[int, int]] = frozenset
         names = (name for name in map(_named, entries) if name)
         for name in sorted(names) if sort else names:
             path = f"{folder.rstrip('/')}/{name}"
-            if name.endswith("/"):
-                yield from _walk(path[:-1], sort, above | {identity})
-            else:
+            if not name.endswith("/"):
                 yield Item(printable(path), path)
+            elif depth is None or depth > 1:
+                yield from _walk(path[:-1], sort, depth and depth - 1, above | {identity})
 
 
 def _named(entry: os.DirEntry[str]) -> str:
@@ -376,10 +379,10 @@ def _named(entry: os.DirEntry[str]) -> str:
         return entry.name
 
 
-def _walk_remote(folder: str, sort: bool) -> Iterator[Item]:
+def _walk_remote(folder: str, sort: bool, depth: int | None) -> Iterator[Item]:
     system, root = _driver(folder)
     try:
-        for parent, _, files in system.walk(root, on_error="raise"):
+        for parent, _, files in system.walk(root, maxdepth=depth, on_error="raise"):
             for name in sorted(files) if sort else files:
                 if name and not name.startswith("."):
                     path = system.unstrip_protocol(f"{parent}/{name}")
@@ -396,7 +399,11 @@ def _matching(pattern: str, sort: bool) -> Iterator[Item]:
     if folder and "://" not in folder and not Path(folder).is_dir():
         return
     prefix = folder or "./"
-    for item in _walk(folder.rstrip("/") or ("/" if folder else "."), sort):
+    if "://" in folder:  # as the driver writes it: memory://a is memory:///a
+        system, root = _driver(folder)
+        prefix = f"{system.unstrip_protocol(root).rstrip('/')}/"
+    depth = None if "**" in parts else len(parts)
+    for item in _walk(folder.rstrip("/") or ("/" if folder else "."), sort, depth):
         if item.problem is None and not matches(item.path.removeprefix(prefix).split("/"), parts):
             continue
         path = item.path if folder else item.path.removeprefix("./")

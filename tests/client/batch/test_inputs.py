@@ -75,6 +75,36 @@ def test_lists_that_match_a_pattern_are_read_only_where_it_names_them(folder: Pa
     assert ids("b/*.csv") == ["a.jpg"]
 
 
+def test_folders_that_a_pattern_can_not_reach_are_not_entered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    entered: list[str] = []
+    really_scan = os.scandir
+
+    def scan(path: str) -> Any:
+        entered.append(path)
+        return really_scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert ids("*.jpg") == ["a.jpg"]
+    assert entered == ["."]
+    assert ids("*/*.PNG") == ["b/c.PNG"]
+    assert sorted(entered) == [".", ".", "./b"]
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/far/a.jpg": b"A", "/far/in/b.jpg": b"B"})
+    really_list = type(memory).ls
+    listed: list[str] = []
+    monkeypatch.setattr(
+        type(memory), "ls", lambda self, path, **how: listed.append(path) or really_list(self, path, **how)
+    )
+    try:
+        assert ids("memory://far/*.jpg") == ["memory:///far/a.jpg"]
+        assert listed == ["/far"]
+    finally:
+        memory.rm("/far", recursive=True)
+
+
 def test_links_in_a_circle_are_followed_once(folder: Path) -> None:
     (folder / "b" / "d" / "up").symlink_to("..")
     (folder / "b" / "here").symlink_to(".")
