@@ -61,7 +61,7 @@ class Sender:
         except OSError as error:
             return _rows.of_error(item.id, path, None, _rows.UNREADABLE, str(error))
         sha256 = hashlib.sha256(content).hexdigest()
-        attempts, failures = 0, Counter[str]()
+        attempts, failures, first = 0, Counter[str](), time.monotonic()
         while await self._gate.enter():
             attempts += 1
             began = time.monotonic()
@@ -82,7 +82,8 @@ class Sender:
                 return _rows.of_error(item.id, path, sha256, _rows.error_code(answer), _rows.error_message(answer))
             if failed is Verdict.STOP:
                 raise StopJobError(str(answer))
-            if time.monotonic() - self._heard > self._patience:
+            # Not since the last answer alone: until now there may have been nothing to ask.
+            if time.monotonic() - max(self._heard, first) > self._patience:
                 raise StopJobError(f"nothing was answered for {self._patience:g} s; the last error: {answer}")
             await self._pause(answer, attempts)
         return None

@@ -19,6 +19,7 @@ from resnet_ensemble.client import ConnectionFailedError, ResnetError
 from resnet_ensemble.client.batch import COLUMNS, InputError, Job, OutputError, Progress, Summary, run
 from resnet_ensemble.client.batch import _job as job_module
 from resnet_ensemble.client.batch import _sender as sender_module
+from resnet_ensemble.client.batch._inputs import Item
 from tests.client.batch.conftest import answered, problem, rows_of, server
 
 Do = Callable[..., Summary]
@@ -218,6 +219,26 @@ def test_a_server_that_stays_away_ends_the_job_and_makes_no_error_rows(do: Do, q
 
     assert (summary.total_rows, summary.exit_code) == (0, 1)
     assert "nothing was answered for 0.05 s" in str(summary.stopped)
+
+
+def test_patience_does_not_run_out_while_there_is_nothing_to_ask(
+    do: Do, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_read = Item.read
+    seen: set[bytes] = set()
+
+    def read(item: Item) -> bytes:
+        time.sleep(0.5)
+        return really_read(item)
+
+    def predict(content: bytes) -> httpx2.Response:
+        first = content not in seen
+        seen.add(content)
+        return problem(503, "overloaded") if first else answered(content)
+
+    monkeypatch.setattr(Item, "read", read)
+
+    assert do(predict, patience=0.4, limit=1).rows == 1
 
 
 @pytest.mark.parametrize(
