@@ -4,12 +4,13 @@
     curl -s https://example.org/cat.jpg | resnet-classify - --top-k 3 --protocol center
     resnet-classify *.jpg | jq -r .label
 
-exit codes: 0; 3 when a picture could not be classified; 2 when the server could not be asked
+exit codes: 0; 3 when a picture could not be classified; 2 when the server could not be asked; 130 after Ctrl-C
 """
 
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -47,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ConnectionFailedError, ResponseError, StatusError) as error:
         print(f"resnet-classify: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 3 if failed else 0
 
 

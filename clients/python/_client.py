@@ -32,7 +32,8 @@ class Client:
 
     - url: where the server is; by default $RESNET_CLIENT_URL or http://localhost:8000
     - api_key: sent as a bearer token, for a gateway in front of the server; by default $RESNET_CLIENT_API_KEY or none
-    - timeout: seconds for an answer, or an httpx2.Timeout; by default 60, and 5 to connect, or what `http_client` has
+    - timeout: seconds for an answer, or an httpx2.Timeout; by default 60, and 5 to connect, or what `http_client` has.
+      The server is told, refuses at once what it could not answer in time, and drops what nobody waits for
     - max_retries: attempts after the first, on connection errors, 408, 429 and 5xx, as `Retry-After` asks
     - retry_seconds: no retry begins later than this after the first attempt
     - http_client: an httpx2.Client of your own (proxies, certificates, transports); it is not closed by this one
@@ -53,7 +54,13 @@ class Client:
         self._http = http_client or httpx2.Client(timeout=DEFAULT_TIMEOUT)
 
     def classify(
-        self, image: Image, *, top_k: int = 5, protocol: str | None = None, stop: str | None = None
+        self,
+        image: Image,
+        *,
+        top_k: int = 5,
+        protocol: str | None = None,
+        stop: str | None = None,
+        abstain_below: float | None = None,
     ) -> Prediction:
         """Classify one image.
 
@@ -61,12 +68,20 @@ class Client:
         - top_k: how many classes to answer
         - protocol: which views to average, such as "center" or "10crop"; the server's own by default
         - stop: when to stop evaluating views, such as "full" or "exact"; the server's own by default
+        - abstain_below: the probability below which the answer says `abstained`; by default it never does
 
         Raises ResnetError and its kin, OSError for a path that can't be read, TypeError for what is no image.
         """
-        return self._run(
-            _protocol.predict(self._options, encoded(image), top_k=top_k, protocol=protocol, stop=stop),
+        conversation = _protocol.predict(
+            self._options,
+            encoded(image),
+            top_k=top_k,
+            protocol=protocol,
+            stop=stop,
+            abstain_below=abstain_below,
+            seconds=self._options.seconds(self._http.timeout),
         )
+        return self._run(conversation)
 
     def classify_many(
         self,
@@ -75,6 +90,7 @@ class Client:
         top_k: int = 5,
         protocol: str | None = None,
         stop: str | None = None,
+        abstain_below: float | None = None,
         concurrency: int = 8,
     ) -> Iterator[Answer]:
         """Classify images, `concurrency` at a time, and give their answers in order. Options are those of `classify`.
@@ -85,7 +101,7 @@ class Client:
 
         def classify(image: Image) -> Answer:
             try:
-                return self.classify(image, top_k=top_k, protocol=protocol, stop=stop)
+                return self.classify(image, top_k=top_k, protocol=protocol, stop=stop, abstain_below=abstain_below)
             except (ResnetError, OSError) as error:
                 return error
 
@@ -177,13 +193,26 @@ class AsyncClient:
         self._http = http_client or httpx2.AsyncClient(timeout=DEFAULT_TIMEOUT)
 
     async def classify(
-        self, image: Image, *, top_k: int = 5, protocol: str | None = None, stop: str | None = None
+        self,
+        image: Image,
+        *,
+        top_k: int = 5,
+        protocol: str | None = None,
+        stop: str | None = None,
+        abstain_below: float | None = None,
     ) -> Prediction:
         """Classify one image; see Client.classify. What has to be read or encoded is, in a thread."""
         content = image if isinstance(image, bytes) else await asyncio.to_thread(encoded, image)
-        return await self._run(
-            _protocol.predict(self._options, content, top_k=top_k, protocol=protocol, stop=stop),
+        conversation = _protocol.predict(
+            self._options,
+            content,
+            top_k=top_k,
+            protocol=protocol,
+            stop=stop,
+            abstain_below=abstain_below,
+            seconds=self._options.seconds(self._http.timeout),
         )
+        return await self._run(conversation)
 
     async def classify_many(
         self,
@@ -192,6 +221,7 @@ class AsyncClient:
         top_k: int = 5,
         protocol: str | None = None,
         stop: str | None = None,
+        abstain_below: float | None = None,
         concurrency: int = 8,
     ) -> AsyncIterator[Answer]:
         """Classify images, `concurrency` at a time, and give their answers in order; see Client.classify_many."""
@@ -200,7 +230,9 @@ class AsyncClient:
         async def classify(image: Image) -> Answer:
             async with running:
                 try:
-                    return await self.classify(image, top_k=top_k, protocol=protocol, stop=stop)
+                    return await self.classify(
+                        image, top_k=top_k, protocol=protocol, stop=stop, abstain_below=abstain_below
+                    )
                 except (ResnetError, OSError) as error:
                     return error
 

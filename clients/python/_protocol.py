@@ -34,6 +34,7 @@ DEFAULT_URL = "http://localhost:8000"
 DEFAULT_TIMEOUT = httpx2.Timeout(60.0, connect=5.0)
 URL_VARIABLE = "RESNET_CLIENT_URL"
 KEY_VARIABLE = "RESNET_CLIENT_API_KEY"
+LONGEST_DEADLINE = 3600.0  # seconds that a server accepts
 
 _T = TypeVar("_T")
 
@@ -62,21 +63,36 @@ class Options:
     max_retries: int = DEFAULT_RETRIES
     retry_seconds: float = DEFAULT_RETRY_SECONDS
 
+    def seconds(self, default: httpx2.Timeout) -> float | None:
+        """How long to wait for an answer, or None for as long as it takes. `default`: of the connections."""
+        timeout = default if self.timeout is None else self.timeout
+        return timeout.read if isinstance(timeout, httpx2.Timeout) else timeout
+
     def base(self) -> str:
         """The server's URL, without a slash at its end."""
         return (self.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL).rstrip("/")
 
 
 def predict(
-    options: Options, content: bytes, *, top_k: int, protocol: str | None, stop: str | None
+    options: Options,
+    content: bytes,
+    *,
+    top_k: int,
+    protocol: str | None,
+    stop: str | None,
+    abstain_below: float | None,
+    seconds: float | None,
 ) -> Conversation[Prediction]:
-    """Classify encoded bytes."""
-    given = {"top_k": top_k, "protocol": protocol, "stop": stop}
+    """Classify encoded bytes. `seconds`: when nobody will wait for the answer any more; the server is told."""
+    given = {"top_k": top_k, "protocol": protocol, "stop": stop, "abstain_below": abstain_below}
+    headers = {"Content-Type": "application/octet-stream"}
+    if seconds:
+        headers["X-Request-Timeout"] = f"{min(seconds, LONGEST_DEADLINE):g}"
     response = yield from _exchange(
         options,
         "POST",
         "/predict",
-        headers={"Content-Type": "application/octet-stream"},
+        headers=headers,
         params={name: value for name, value in given.items() if value is not None},
         content=content,
     )

@@ -1,7 +1,7 @@
 """What the server answers, as frozen objects. Fields that a newer server adds are ignored."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 
@@ -44,6 +44,8 @@ class Prediction:
     - stop_rule: which rule ended the evaluation
     - certain: whether the label is provably that of all planned views; certain_top5: whether the five first ones are
     - entropy: of the averaged probabilities, in nats; mutual_information: how much the members disagree, in nats
+    - abstained: whether the probability is below the `abstain_below` of the request
+    - confidence: the probability at the temperature that was found for the bundle and the rule, if there is one
     - timings_ms: the server's milliseconds by stage
     - request_id: what to quote when asking about this answer
 
@@ -66,6 +68,8 @@ class Prediction:
     certain_top5: bool | None = None
     entropy: float | None = None
     mutual_information: float | None = None
+    abstained: bool | None = None
+    confidence: float | None = None
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any], request_id: str) -> Self:
@@ -87,6 +91,8 @@ class Prediction:
             certain_top5=answer.get("certain_top5"),
             entropy=answer.get("entropy"),
             mutual_information=answer.get("mutual_information"),
+            abstained=answer.get("abstained"),
+            confidence=answer.get("confidence"),
         )
 
 
@@ -95,7 +101,11 @@ class Info:
     """What a server serves.
 
     - protocol, stop: what counts where a request does not say it
-    - protocols: every protocol and its views a member
+    - protocols: every protocol and its views a member; stop_rules: every stop rule
+    - members: the networks; costs: the seconds that a view takes on each of them there
+    - limits: what it refuses more of, such as "max_image_bytes"; None where there is no limit
+
+    What an older server does not tell is None or empty.
     """
 
     bundle: str
@@ -105,6 +115,9 @@ class Info:
     protocols: Mapping[str, int]
     members: tuple[str, ...]
     stop: str | None = None
+    stop_rules: tuple[str, ...] = ()
+    costs: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, float | None] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Self:
@@ -117,4 +130,7 @@ class Info:
             protocols=dict(answer["protocols"]),
             members=tuple(member["name"] for member in answer["members"]),
             stop=answer.get("stop"),
+            stop_rules=tuple(answer.get("stop_rules", ())),
+            costs={member["name"]: member["cost"]["seconds"] for member in answer["members"] if "cost" in member},
+            limits=dict(answer.get("limits", {})),
         )

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,3 +82,16 @@ def test_what_is_the_same_for_every_picture_is_told_once(
     assert captured.err.startswith("resnet-classify: ")
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_who_reads_only_the_first_lines_gets_no_traceback(pictures: None) -> None:
+    read, write = os.pipe()
+    os.close(read)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_ensemble.client", "white.png", "black.png"],
+        stdout=write, stderr=subprocess.PIPE, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    os.close(write)
+
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -1,6 +1,8 @@
 """Both clients against the real application on fake engines, in process and over sockets, and scripted answers."""
 
 import asyncio
+import dataclasses
+import inspect
 import io
 import pickle
 import subprocess
@@ -154,13 +156,51 @@ def test_only_the_options_that_are_given_are_sent(scripted: Scripted, png: Png) 
     ]
 
 
+def test_the_server_is_told_how_long_somebody_waits(scripted: Scripted, png: Png) -> None:
+    client, requests = scripted(*[ok()] * 6)
+
+    client.classify(png())
+    for timeout in (0.25, 7200, httpx2.Timeout(3, read=9), httpx2.Timeout(None)):
+        client.with_options(timeout=timeout).classify(png())
+    list(client.with_options(timeout=2).classify_many([png()]))
+
+    told = [request.headers.get("x-request-timeout") for request in requests]
+    assert told == ["5", "0.25", "3600", "9", None, "2"]  # 5 is httpx2's own
+
+
+def test_an_answer_abstains_when_asked_to(connected: Either, png: Png) -> None:
+    assert connected.classify(png()).abstained is False
+    assert connected.classify(png(), abstain_below=1.0).abstained is True
+    assert [answer.abstained for answer in connected.classify_many([png()], abstain_below=1.0)] == [True]  # type: ignore[union-attr]
+
+
+def test_everything_that_the_server_answers_has_its_field() -> None:
+    from resnet_ensemble.server import schemas
+
+    assert set(schemas.Prediction.model_fields) <= {field.name for field in dataclasses.fields(Prediction)}
+    assert set(schemas.MemberVote.model_fields) == {field.name for field in dataclasses.fields(sdk.MemberVote)}
+    elsewhere = {"measured", "streams"}  # of the host and of the bundle's making: not for clients
+    assert set(schemas.Info.model_fields) - elsewhere <= {field.name for field in dataclasses.fields(sdk.Info)}
+    options = set(inspect.signature(Client.classify).parameters) - {"self", "image"}
+    assert set(schemas.Options.model_fields) == options
+    assert set(inspect.signature(AsyncClient.classify).parameters) - {"self", "image"} == options
+
+
 def test_what_a_newer_server_tells_is_typed_and_what_an_older_one_lacks_is_none(scripted: Scripted, png: Png) -> None:
-    client, _ = scripted(ok(), ok(entropy=0.5, mutual_information=0.1, certain=True, stop_rule="exact"))
+    told = {
+        "entropy": 0.5,
+        "mutual_information": 0.1,
+        "certain": True,
+        "certain_top5": False,
+        "stop_rule": "calibrated",
+    }
+    told |= {"abstained": False, "confidence": 0.8}
+    client, _ = scripted(ok(), ok(**told))
 
-    old, new = client.classify(png()), client.classify(png())
+    old, new = client.classify(png()), client.classify(png(), stop="calibrated")
 
-    assert (old.entropy, old.mutual_information, old.certain, old.stop_rule) == (None,) * 4
-    assert (new.entropy, new.mutual_information, new.certain, new.stop_rule) == (0.5, 0.1, True, "exact")
+    assert {name: getattr(old, name) for name in told} == dict.fromkeys(told)
+    assert {name: getattr(new, name) for name in told} == told
 
 
 def test_info_tells_what_is_served(connected: Either) -> None:
@@ -169,6 +209,10 @@ def test_info_tells_what_is_served(connected: Either) -> None:
     assert info.labels[0] == "airplane"
     assert info.protocols["10crop"] == 10
     assert info.members[:2] == ("resnet20", "resnet32")
+    assert info.stop in info.stop_rules
+    assert info.costs.keys() == set(info.members)
+    assert all(seconds > 0 for seconds in info.costs.values())
+    assert info.limits["max_image_bytes"] == 20 * 2**20
     assert connected.ready()
 
 

@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-concurrency", type=_positive, default=Job.max_concurrency,
         help="requests in flight at most; how many there are follows the server (default: %(default)s)",
     )  # fmt: skip
-    how.add_argument("--timeout", metavar="S", type=float, default=Job.timeout, help="for an answer (default: 60)")
+    how.add_argument("--timeout", metavar="S", type=_seconds, default=Job.timeout, help="for an answer (default: 60)")
     how.add_argument(
-        "--patience", metavar="S", type=float, default=Job.patience,
+        "--patience", metavar="S", type=_seconds, default=Job.patience,
         help="without any answer, after which the job stops (default: 600)",
     )  # fmt: skip
     which = parser.add_argument_group("which inputs")
@@ -108,6 +108,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{seconds:g} is no number of seconds from 0")
+    return seconds
 
 
 def _share(text: str) -> float:

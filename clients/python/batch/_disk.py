@@ -10,12 +10,16 @@ class Disk:
     """The operations. Each is on the disk when it returns."""
 
     def write(self, path: Path, fill: Callable[[BinaryIO], object]) -> int:
-        """Write a whole file and flush it to the disk. Returns its size."""
-        with path.open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-            return file.tell()
+        """Write a whole file and flush it to the disk; none is left where that fails. Returns its size."""
+        try:
+            with path.open("wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+                return file.tell()
+        except OSError:
+            self.remove(path)
+            raise
 
     def rename(self, old: Path, new: Path) -> None:
         """Put a file in another's place, at once."""
@@ -23,11 +27,17 @@ class Disk:
         self._flush_folder(new.parent)
 
     def append(self, path: Path, line: bytes) -> None:
-        """Add a line to a file."""
-        with path.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        """Add a line to a file, or leave it as it was: the next line must not follow half of this one."""
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                written = 0
+                while written < len(line):
+                    written += file.write(line[written:])
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
 
     def remove(self, path: Path) -> None:
         """Remove a file that may be gone already."""

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO, Protocol
 from resnet_ensemble.client.batch._extras import needed
 from resnet_ensemble.client.batch._rows import Row
 
+_GROUP = 10_000  # rows in a row group of Parquet, about 10 MB in memory; shards may be smaller
+
 
 class Format(Protocol):
     """How rows are kept in a file."""
@@ -60,22 +62,31 @@ class Parquet:
     def write(self, rows: Iterable[Row], file: BinaryIO) -> None:
         """Write a whole file."""
         with self._writer(file) as writer:
-            for chunk in _chunks(rows, 10_000):
+            for chunk in _chunks(rows, _GROUP):
                 writer.write_table(self._arrow.Table.from_pylist(chunk, schema=self._schema))
 
     def read(self, path: Path, columns: list[str] | None = None) -> Iterator[Row]:
         """The rows of a file, little by little."""
         with self._parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=10_000, columns=columns):
+            for batch in file.iter_batches(batch_size=_GROUP, columns=columns):
                 yield from batch.to_pylist()
 
     def join(self, paths: list[Path], file: BinaryIO) -> None:
         """Write the rows of several files into one."""
         with self._writer(file) as writer:
-            for path in paths:
-                with self._parquet.ParquetFile(path) as part:
-                    for batch in part.iter_batches(batch_size=10_000):
-                        writer.write_batch(batch)
+            held: list[Any] = []
+            for batch in self._batches(paths):
+                held.append(batch)
+                if sum(len(one) for one in held) >= _GROUP:
+                    writer.write_table(self._arrow.Table.from_batches(held))
+                    held = []
+            if held:
+                writer.write_table(self._arrow.Table.from_batches(held))
+
+    def _batches(self, paths: list[Path]) -> Iterator[Any]:
+        for path in paths:
+            with self._parquet.ParquetFile(path) as part:
+                yield from part.iter_batches(batch_size=_GROUP)
 
     def _writer(self, file: BinaryIO) -> Any:
         return self._parquet.ParquetWriter(file, self._schema, compression="zstd")

@@ -5,31 +5,38 @@ photos/              every picture in a folder, by its suffix, and in the folder
 -                    paths on the standard input, one a line
 list.txt             the same, in a file (.lst too)
 list.jsonl .csv .tsv .parquet    a path, or bytes, in a column
+list.txt.gz          lists of text may be compressed
 shard-000000.tar     pictures in an archive, as in WebDataset; .tgz and .tar.gz too
 s3://... gs://...    any of these (but -) at any address that fsspec knows
 cat.jpg              one picture
 """
 
 import base64
+import codecs
 import csv
 import fnmatch
+import gzip
 import io
 import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
-from resnet_ensemble.client.batch._extras import needed
+from resnet_ensemble.client.batch._extras import MissingExtraError, needed
 from resnet_ensemble.client.batch._rows import printable
 
 PICTURES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
+_TEXTS = (".txt", ".lst", ".jsonl", ".ndjson", ".csv", ".tsv")
+_LISTS = (*_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS), ".parquet", *_ARCHIVES)
 _PARQUET_ROWS = 64  # read at a time: with bytes in a column they are pictures
+_FIELD = 2**28  # characters in a field of a CSV list, which may be a picture; Python's own limit is 131,072
 
 
 class InputError(Exception):
@@ -58,7 +65,10 @@ class Item:
         if self.content is not None:
             return self.content
         with _open(self.path) as file:
-            return file.read()
+            try:
+                return file.read()
+            except Exception as error:
+                raise _as_os_error(self.path, error) from error
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class Inputs:
             if local and not _has_pattern(argument) and not Path(argument).exists():
                 raise InputError(f"{argument} is no file or folder here")
             if not local and argument != "-":
-                needed("fsspec", argument)
+                _driver(argument)
             if argument.endswith(".parquet"):
                 needed("pyarrow.parquet", argument)
 
@@ -109,7 +119,9 @@ class Inputs:
         """How many items there are, where that can be told without reading them; else None."""
         total = 0
         for argument in self._arguments:
-            unknown = argument == "-" or "://" in argument or argument.endswith(_ARCHIVES)
+            unknown = argument == "-" or "://" in argument or argument.lower().endswith(_ARCHIVES)
+            # With pictures in a list of text, counting would read all of them.
+            unknown |= self._columns.content is not None and not argument.endswith(".parquet")
             if unknown or (argument.endswith(".parquet") and _has_pattern(argument)):
                 return None
             total += self._count(argument)
@@ -128,18 +140,28 @@ class Inputs:
             with open(0, "rb", closefd=False) as file:
                 yield from self._lines(file, argument)
         elif _has_pattern(argument):
-            for path in _matching(argument, self._sort):
-                yield from self._file(path)
+            named = argument.lower().endswith(_LISTS)
+            for item in _matching(argument, self._sort):
+                if item.problem is not None:
+                    yield item
+                elif named or not item.path.lower().endswith(_LISTS):
+                    yield from self._file(item.path)
+                else:
+                    self.left_out += 1
         elif _is_folder(argument):
-            for path in _walk(argument, self._sort):
-                if _is_picture(path):
-                    yield Item(printable(path), path)
+            for item in _walk(argument, self._sort):
+                if item.problem is not None or _is_picture(item.path):
+                    yield item
                 else:
                     self.left_out += 1
         else:
             yield from self._file(argument)
 
     def _file(self, path: str) -> Iterator[Item]:
+        name = path.lower()
+        if not name.endswith(_LISTS):
+            yield Item(printable(path), path)
+            return
         readers: dict[str, Callable[[BinaryIO, str], Iterator[Item]]] = {
             ".txt": self._lines,
             ".lst": self._lines,
@@ -148,21 +170,22 @@ class Inputs:
             ".csv": self._csv,
             ".tsv": self._csv,
             ".parquet": self._parquet,
-            **dict.fromkeys(_ARCHIVES, self._tar),
         }
-        for suffix, reader in readers.items():
-            if path.lower().endswith(suffix):
-                try:
-                    with _open(path) as file:
-                        yield from reader(file, path)
-                except (OSError, UnicodeDecodeError, csv.Error) as error:
-                    raise InputError(f"{path} can't be read further: {error}") from error
-                return
-        yield Item(printable(path), path)
+        try:
+            with _open(path) as file:
+                if name.endswith(_ARCHIVES):
+                    yield from self._tar(file, path)
+                else:
+                    plain: Any = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+                    list_name = name.removesuffix(".gz")
+                    yield from readers[list_name[list_name.rfind(".") :]](plain, path)
+        # Arrow's errors are ValueErrors; a compressed list that was cut off is an EOFError.
+        except (OSError, ValueError, EOFError, zlib.error, csv.Error, tarfile.TarError) as error:
+            raise InputError(f"{path} can't be read further: {error}") from error
 
     def _lines(self, file: BinaryIO, _name: str) -> Iterator[Item]:
-        for line in file:
-            path = os.fsdecode(line.rstrip(b"\r\n"))
+        for number, line in enumerate(file):
+            path = os.fsdecode((line if number else line.removeprefix(codecs.BOM_UTF8)).rstrip(b"\r\n"))
             if path:
                 yield Item(printable(path), self._rooted(path))
 
@@ -176,8 +199,10 @@ class Inputs:
                     yield Item(where, where, problem=f"line {number} is not JSON: {error}")
 
     def _csv(self, file: BinaryIO, name: str) -> Iterator[Item]:
-        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            reader = csv.DictReader(text, delimiter="\t" if name.lower().endswith(".tsv") else ",")
+        csv.field_size_limit(_FIELD)
+        # What is not UTF-8 stays in a path as it is on the disk, as in a list of lines.
+        with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+            reader = csv.DictReader(text, delimiter="\t" if ".tsv" in name[-len(".tsv.gz") :].lower() else ",")
             self._check_columns(list(reader.fieldnames or []), name)
             for record in reader:
                 yield self._from_record(record, f"{name}:{reader.line_num}")
@@ -195,21 +220,18 @@ class Inputs:
                     number += 1
 
     def _tar(self, file: BinaryIO, name: str) -> Iterator[Item]:
-        try:
-            with tarfile.open(fileobj=file, mode="r|*") as archive:
-                for member in archive:
-                    archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header that it has seen
-                    if not member.isfile():
-                        continue
-                    if not _is_picture(member.name):
-                        self.left_out += 1
-                        continue
-                    content = archive.extractfile(member)
-                    assert content is not None  # it is a file
-                    where = printable(f"{name}/{member.name}")
-                    yield Item(where, where, content=content.read())
-        except tarfile.TarError as error:
-            raise InputError(f"{name} can't be read further: {error}") from error
+        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as archive:
+            for member in archive:
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header that it has seen
+                if not member.isfile():
+                    continue
+                if not _is_picture(member.name):
+                    self.left_out += 1
+                    continue
+                content = archive.extractfile(member)
+                assert content is not None  # it is a file
+                where = printable(f"{name}/{member.name}")
+                yield Item(where, where, content=content.read())
 
     def _from_record(self, record: Any, where: str) -> Item:
         """An item from a row of a list; `where` is its id if nothing better is."""
@@ -242,9 +264,22 @@ class Inputs:
         return f"{self._root.rstrip('/')}/{path}"
 
 
-def _with_content(id: str, path: str, content: str | bytes) -> Item:  # noqa: A002  # the field's name
+class _Header(tarfile.TarInfo):
+    """A header that is none ends an archive with an error; tarfile takes all but the first for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile, /) -> Self:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]  # not in the stubs
+            raise tarfile.ReadError(f"damaged at byte {tarfile_.offset}: {error}") from error
+
+
+def _with_content(id: str, path: str, content: object) -> Item:  # noqa: A002  # the field's name
     if isinstance(content, bytes):
         return Item(id, path, content)
+    if not isinstance(content, str):
+        return Item(id, path, problem=f"the bytes are {type(content).__name__}; they must be bytes, or base64 in text")
     try:
         return Item(id, path, base64.b64decode(content, validate=True))
     except ValueError as error:
@@ -263,40 +298,100 @@ def _has_pattern(path: str) -> bool:
 def _is_folder(path: str) -> bool:
     if "://" not in path:
         return Path(path).is_dir()
-    system, root = needed("fsspec", path).core.url_to_fs(path)
-    return bool(system.isdir(root))
+    system, root = _driver(path)
+    try:
+        return bool(system.isdir(root))
+    except Exception as error:
+        raise InputError(f"{path} can't be read: {error}") from error
+
+
+def _driver(address: str) -> tuple[Any, str]:
+    """What reads an address, and the path in it. Raises MissingExtraError and InputError."""
+    fsspec = needed("fsspec", address)
+    try:
+        system, root = fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        raise MissingExtraError(f"{address} needs a package that is not installed: {error}") from None
+    except Exception as error:
+        raise InputError(f"{address} is no address that fsspec can read: {error}") from error
+    return system, root
 
 
 def _open(path: str) -> BinaryIO:
-    if "://" not in path:
-        return open(path, "rb")
-    file: BinaryIO = needed("fsspec", path).open(path, "rb").open()
-    return file
+    """A file, or what an address has. Raises OSError and MissingExtraError."""
+    try:
+        if "://" not in path:
+            return open(path, "rb")
+        file: BinaryIO = needed("fsspec", path).open(path, "rb").open()
+        return file
+    except (MissingExtraError, OSError):
+        raise
+    except ImportError as error:
+        raise MissingExtraError(f"{path} needs a package that is not installed: {error}") from None
+    except Exception as error:
+        raise _as_os_error(path, error) from error
 
 
-def _walk(folder: str, sort: bool) -> Iterator[str]:
-    """The files of a folder and of those in it; hidden ones are left out."""
+def _as_os_error(path: str, error: Exception) -> OSError:
+    """A NUL in a name is a ValueError, and what a driver of fsspec raises is its own affair."""
+    return error if isinstance(error, OSError) else OSError(f"{printable(path)}: {type(error).__name__}: {error}")
+
+
+def _walk(
+    folder: str, sort: bool, depth: int | None = None, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[Item]:
+    """The files of a folder and of those in it, and folders that can't be read; what is hidden is left out.
+
+    - depth: 1 for the folder alone, 2 with those in it; None for all of them
+    - above: device and inode of the folders that it is in; a link to one of them leads nowhere new
+    """
     if "://" in folder:
-        yield from _walk_remote(folder, sort)
+        yield from _walk_remote(folder, sort, depth)
         return
-    with os.scandir(folder) as entries:
-        visible = (entry for entry in entries if not entry.name.startswith("."))
-        for entry in sorted(visible, key=lambda entry: entry.name) if sort else visible:
-            if entry.is_dir():
-                yield from _walk(entry.path, sort)
-            else:
-                yield entry.path
+    try:
+        status, entries = Path(folder).stat(), os.scandir(folder)
+    except OSError as error:
+        yield Item(printable(folder), folder, problem=str(error))
+        return
+    with entries:
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            return
+        # Names only, folders with a slash: in order they are all in memory, and a million of them take 80 MB.
+        names = (name for name in map(_named, entries) if name)
+        for name in sorted(names) if sort else names:
+            path = f"{folder.rstrip('/')}/{name}"
+            if not name.endswith("/"):
+                yield Item(printable(path), path)
+            elif depth is None or depth > 1:
+                yield from _walk(path[:-1], sort, depth and depth - 1, above | {identity})
 
 
-def _walk_remote(folder: str, sort: bool) -> Iterator[str]:
-    system, root = needed("fsspec", folder).core.url_to_fs(folder)
-    for parent, _, files in system.walk(root):
-        for name in sorted(files) if sort else files:
-            if name and not name.startswith("."):
-                yield system.unstrip_protocol(f"{parent}/{name}")
+def _named(entry: os.DirEntry[str]) -> str:
+    """The name of a file, or of a folder with a slash; nothing for what is hidden, and for pipes and the like."""
+    if entry.name.startswith("."):
+        return ""
+    try:
+        if entry.is_dir():
+            return f"{entry.name}/"
+        return entry.name if entry.is_file() or entry.is_symlink() else ""
+    except OSError:  # links in a circle: reading it tells
+        return entry.name
 
 
-def _matching(pattern: str, sort: bool) -> Iterator[str]:
+def _walk_remote(folder: str, sort: bool, depth: int | None) -> Iterator[Item]:
+    system, root = _driver(folder)
+    try:
+        for parent, _, files in system.walk(root, maxdepth=depth, on_error="raise"):
+            for name in sorted(files) if sort else files:
+                if name and not name.startswith("."):
+                    path = system.unstrip_protocol(f"{parent}/{name}")
+                    yield Item(printable(path), path)
+    except Exception as error:
+        raise InputError(f"{folder} can't be read further: {error}") from error
+
+
+def _matching(pattern: str, sort: bool) -> Iterator[Item]:
     """The files that match a pattern; the folder that the walk begins in is what comes before the first * ? or [."""
     before = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
     folder = before[: before.rfind("/") + 1]
@@ -304,9 +399,15 @@ def _matching(pattern: str, sort: bool) -> Iterator[str]:
     if folder and "://" not in folder and not Path(folder).is_dir():
         return
     prefix = folder or "./"
-    for path in _walk(folder.rstrip("/") or ("/" if folder else "."), sort):
-        if matches(path.removeprefix(prefix).split("/"), parts):
-            yield path.removeprefix("./") if not folder else path
+    if "://" in folder:  # as the driver writes it: memory://a is memory:///a
+        system, root = _driver(folder)
+        prefix = f"{system.unstrip_protocol(root).rstrip('/')}/"
+    depth = None if "**" in parts else len(parts)
+    for item in _walk(folder.rstrip("/") or ("/" if folder else "."), sort, depth):
+        if item.problem is None and not matches(item.path.removeprefix(prefix).split("/"), parts):
+            continue
+        path = item.path if folder else item.path.removeprefix("./")
+        yield replace(item, id=printable(path), path=path)
 
 
 def matches(path: list[str], pattern: list[str]) -> bool:

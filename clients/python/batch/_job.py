@@ -17,7 +17,7 @@ from resnet_ensemble.client._types import Info
 from resnet_ensemble.client.batch import _ray
 from resnet_ensemble.client.batch._extras import MissingExtraError
 from resnet_ensemble.client.batch._inputs import PATH_COLUMN, Columns, InputError, Inputs, Item
-from resnet_ensemble.client.batch._output import Output
+from resnet_ensemble.client.batch._output import Output, OutputError, form_of
 from resnet_ensemble.client.batch._progress import Progress
 from resnet_ensemble.client.batch._reader import Reader
 from resnet_ensemble.client.batch._rows import Row
@@ -80,6 +80,7 @@ class Job:
     def configuration(self, bundle: str, protocol: str, stop: str | None) -> dict[str, object]:
         """What all rows of an output have in common. `protocol` and `stop` are those of the server, if need be."""
         return {
+            "format": form_of(self.output, self.format),
             "inputs": list(self.inputs),
             "root": self.root,
             "columns": dict(vars(self.columns)),
@@ -185,21 +186,31 @@ class _Run:
             served = await self._served(client)
             configuration = self._job.configuration(served.bundle, served.protocol, served.stop)
             with Output(self._job.output, form=self._job.format) as output:
-                lost = output.begin(configuration, force=self._job.force)
-                if lost is not None:
-                    self._tell(f"beginning again: {lost}")
-                if self._job.retry_errors:
-                    self._tell(f"doing {output.drop_errors():,} inputs again that have error rows")
-                elif output.rows:
-                    self._tell(f"resuming: there are {output.rows:,} rows already")
+                try:
+                    self._begin(output, configuration)
+                except OSError as error:
+                    raise OutputError(f"{self._job.output} can't be written: {error}") from error
                 with self._signals():
                     if self._job.ray is None:
                         await self._classify(client, served, output)
                     else:
                         await self._classify_with_ray(self._job.ray, served, output)
                 if self._reason is None:
-                    output.finish()
+                    try:
+                        output.finish()
+                    except OSError as error:
+                        self._halt(f"the rows can't be written: {error}")
                 return self._summary(output, time.monotonic() - began)
+
+    def _begin(self, output: Output, configuration: dict[str, object]) -> None:
+        """Raises OutputError and OSError."""
+        lost = output.begin(configuration, force=self._job.force)
+        if lost is not None:
+            self._tell(f"beginning again: {lost}")
+        if self._job.retry_errors:
+            self._tell(f"doing {output.drop_errors():,} inputs again that have error rows")
+        elif output.rows:
+            self._tell(f"resuming: there are {output.rows:,} rows already")
 
     async def _served(self, client: AsyncClient) -> Info:
         """What the server serves, when it does."""
@@ -242,7 +253,7 @@ class _Run:
                 if row is not None:
                     self._count(row)
                     reader.release(await writer.add(position, row))
-            except StopJobError as error:
+            except (StopJobError, MissingExtraError) as error:
                 self._halt(str(error))
             except OSError as error:
                 self._halt(f"the rows can't be written: {error}")
@@ -253,7 +264,7 @@ class _Run:
             try:
                 async for item in reader:
                     group.create_task(one(next(positions), item))
-            except (InputError, MissingExtraError) as error:
+            except (InputError, MissingExtraError, OSError) as error:
                 self._reason = str(error)  # what was read before is finished
 
     async def _classify_with_ray(self, workers: int, served: Info, output: Output) -> None:
@@ -283,7 +294,7 @@ class _Run:
                     self._count(done.row)
                     await writer.add(done.position, done.row)
                     reader.release(1)
-            except (InputError, MissingExtraError) as error:
+            except (InputError, MissingExtraError, OSError) as error:
                 self._reason = str(error)
 
     def _writer(self, output: Output) -> Writer:

@@ -75,6 +75,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {old.get(name)} → {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
 
+def form_of(target: Path, form: str) -> str:
+    """The format of an output: what its name says if it is one file, and else what is asked for."""
+    suffix = target.suffix.removeprefix(".")
+    return suffix if suffix in FORMATS else form
+
+
 class Output:
     """The rows of one job on the disk; at first nothing is touched. Use it in a `with` block, or call `close`.
 
@@ -85,7 +91,7 @@ class Output:
         one_file = target.suffix.removeprefix(".") in FORMATS
         self._target = target
         self._folder = target.with_name(f"{target.name}.shards") if one_file else target
-        self._format = FORMATS[target.suffix.removeprefix(".") if one_file else form]()
+        self._format = FORMATS[form_of(target, form)]()
         self._disk = disk or Disk()
         self._entries: list[Entry] = []
         self._lock: int | None = None

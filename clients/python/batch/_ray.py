@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnet_ensemble.client.batch._extras import needed
+from resnet_ensemble.client.batch._extras import MissingExtraError, needed
 from resnet_ensemble.client.batch._inputs import Item
 from resnet_ensemble.client.batch._progress import Progress
 from resnet_ensemble.client.batch._rows import Row
@@ -121,7 +121,7 @@ class Worker:
     async def _one(self, position: int, id: str, path: str, content: bytes | None, problem: str | None) -> Done:  # noqa: A002  # the column's name
         try:
             return Done(position, await self._sender.row(Item(id, path, content, problem)), None)
-        except StopJobError as error:
+        except (StopJobError, MissingExtraError) as error:
             return Done(position, None, str(error))
 
 

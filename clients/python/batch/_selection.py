@@ -21,9 +21,12 @@ class Seen:
             self.add(id)
 
     def add(self, id: str) -> bool:  # noqa: A002  # the field's name
-        """Whether it was new."""
+        """Whether it was new. Raises OSError when the disk is full."""
         key = hashlib.sha256(id.encode("utf-8", "surrogatepass")).digest()[:16]
-        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+        try:
+            return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)).rowcount == 1
+        except sqlite3.OperationalError as error:
+            raise OSError(f"the ids that have a row are kept in a temporary file: {error}; TMPDIR moves it") from error
 
     def close(self) -> None:
         """Give the disk back."""

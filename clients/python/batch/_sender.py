@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import time
+from collections import Counter
 
 from resnet_ensemble.client._client import AsyncClient
 from resnet_ensemble.client._errors import ResnetError, StatusError
@@ -60,13 +61,13 @@ class Sender:
         except OSError as error:
             return _rows.of_error(item.id, path, None, _rows.UNREADABLE, str(error))
         sha256 = hashlib.sha256(content).hexdigest()
-        attempts = 0
+        attempts, failures, first = 0, Counter[str](), time.monotonic()
         while await self._gate.enter():
             attempts += 1
             began = time.monotonic()
             try:
                 answer = await self._send(content)
-                failed = verdict(answer, attempts) if isinstance(answer, ResnetError) else None
+                failed = verdict(answer, failures) if isinstance(answer, ResnetError) else None
                 self._count(failed, began)
             finally:
                 self._gate.leave()
@@ -81,7 +82,8 @@ class Sender:
                 return _rows.of_error(item.id, path, sha256, _rows.error_code(answer), _rows.error_message(answer))
             if failed is Verdict.STOP:
                 raise StopJobError(str(answer))
-            if time.monotonic() - self._heard > self._patience:
+            # Not since the last answer alone: until now there may have been nothing to ask.
+            if time.monotonic() - max(self._heard, first) > self._patience:
                 raise StopJobError(f"nothing was answered for {self._patience:g} s; the last error: {answer}")
             await self._pause(answer, attempts)
         return None

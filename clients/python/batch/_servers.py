@@ -10,7 +10,7 @@ import httpx2
 from resnet_ensemble.client._client import AsyncClient
 from resnet_ensemble.client.batch._extras import MissingExtraError
 
-LONGEST_WAIT = 3600.0  # seconds in the queue: nobody waits for an answer here, so nothing is refused
+LONGEST_WAIT = 3600.0  # seconds in the queue: nobody waits for an answer here, so nothing is refused or given up
 
 
 class BundleUnusableError(Exception):
@@ -46,7 +46,7 @@ async def _in_process(bundle: Path) -> AsyncIterator[httpx2.AsyncClient]:
             "pip install 'resnet-ensemble[server,cpu]'"
         ) from None
     failures: list[str] = []
-    settings = Settings(bundle=bundle, max_wait_seconds=LONGEST_WAIT)
+    settings = Settings(bundle=bundle, max_wait_seconds=LONGEST_WAIT, timeout_seconds=LONGEST_WAIT)
     app = create_app(Service(settings, on_fatal=failures.append))
     async with app.router.lifespan_context(app):
         transport = httpx2.ASGITransport(app, raise_app_exceptions=False)

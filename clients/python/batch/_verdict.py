@@ -1,6 +1,8 @@
 """What to do about a request that failed. Pure."""
 
+from collections import Counter
 from enum import Enum
+from typing import Literal
 
 import httpx2
 
@@ -13,7 +15,9 @@ from resnet_ensemble.client._errors import (
 )
 
 LONGEST_DELAY = 2.0  # seconds: a server that comes back finds its clients there
-_ATTEMPTS = {"timeout": 5, "lost": 10, "failed": 3}  # of one picture, before it is its fault
+# Failures that may be the picture's own fault, and how many of them it takes. A server that was away or busy in between
+# says nothing about the picture, so that does not count.
+_MOST = {"timeout": 5, "lost": 10, "failed": 3}
 
 
 class Verdict(Enum):
@@ -31,29 +35,38 @@ class Verdict(Enum):
     STOP = "stop"
 
 
-def verdict(error: ResnetError, attempts: int) -> Verdict:
-    """Judge a failure of the attempt number `attempts` (from 1) of a picture."""
+def verdict(error: ResnetError, before: Counter[str]) -> Verdict:
+    """Judge a failure of a picture. `before` holds what it may be to blame for up to now, and is added to."""
+    known = _known(error)
+    if isinstance(known, Verdict):
+        return known
+    before[known] += 1
+    if before[known] >= _MOST[known]:
+        return Verdict.ROW
+    return Verdict.REFUSED if known == "timeout" else Verdict.AGAIN
+
+
+def _known(error: ResnetError) -> Verdict | Literal["timeout", "lost", "failed"]:
+    """What to do, or what the picture may be to blame for."""
     if isinstance(error, StatusError):
-        return _of_status(error, attempts)
+        return _of_status(error)
     if not isinstance(error, ConnectionFailedError):
         return Verdict.STOP  # whatever answers there is no server of ours
     if isinstance(error.__cause__, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)):
         return Verdict.AGAIN
-    if isinstance(error, TimedOutError):
-        return Verdict.REFUSED if attempts < _ATTEMPTS["timeout"] else Verdict.ROW
-    # The connection broke after the picture was sent: the server went away, or this picture makes it go away.
-    return Verdict.AGAIN if attempts < _ATTEMPTS["lost"] else Verdict.ROW
+    # Otherwise it broke after the picture was sent: the server went away, or this picture makes it go away.
+    return "timeout" if isinstance(error, TimedOutError) else "lost"
 
 
-def _of_status(error: StatusError, attempts: int) -> Verdict:
+def _of_status(error: StatusError) -> Verdict | Literal["timeout", "failed"]:
     if isinstance(error, AuthenticationError) or error.code in ("not_found", "method_not_allowed", "invalid_option"):
         return Verdict.STOP
     if error.status == 408 or error.code == "deadline_exceeded":
-        return Verdict.REFUSED if attempts < _ATTEMPTS["timeout"] else Verdict.ROW
+        return "timeout"
     if error.status in (502, 504) or error.code == "not_ready":
         return Verdict.AGAIN
     if error.status in (429, 503):
         return Verdict.REFUSED
     if error.status >= 500:
-        return Verdict.AGAIN if attempts < _ATTEMPTS["failed"] else Verdict.ROW
+        return "failed"
     return Verdict.STOP if error.code == "unknown" and error.status == 404 else Verdict.ROW

@@ -104,7 +104,19 @@ def test_what_can_not_begin_is_told_in_a_line(
     assert f"resnet-batch: {message}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [["--sample", "2"], ["--limit", "0"], ["--url", "x", "--bundle", "y"]])
+def test_an_output_that_can_not_be_written_is_told_in_a_line(
+    photos: Path, tmp_path: Path, fake_server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+
+    assert main([str(photos), "--output", str(tmp_path / "file" / "rows"), "--url", fake_server]) == 2
+    assert re.search(r"resnet-batch: .*/file/rows can't be written: .*Not a directory", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--sample", "2"], ["--limit", "0"], ["--timeout", "nan"], ["--patience", "-1"], ["--url", "x", "--bundle", "y"]],
+)
 def test_wrong_options_are_told(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([".", "--output", "rows", *wrong])

@@ -1,6 +1,8 @@
 """Where pictures come from."""
 
 import base64
+import gzip
+import importlib
 import os
 import sys
 import tarfile
@@ -64,6 +66,107 @@ def test_a_pattern_gives_what_matches(folder: Path, pattern: str, found: list[st
     assert sorted(ids(f"{folder}/{pattern}")) == sorted(f"{folder}/{name}" for name in found)
 
 
+def test_lists_that_match_a_pattern_are_read_only_where_it_names_them(folder: Path) -> None:
+    (folder / "b" / "list.csv").write_text("path\na.jpg\n")
+    inputs = Inputs(("b/*",), sort=True)
+
+    assert [item.id for item in inputs] == ["b/c.PNG"]
+    assert inputs.left_out == 2
+    assert ids("b/*.csv") == ["a.jpg"]
+
+
+def test_folders_that_a_pattern_can_not_reach_are_not_entered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    entered: list[str] = []
+    really_scan = os.scandir
+
+    def scan(path: str) -> Any:
+        entered.append(path)
+        return really_scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert ids("*.jpg") == ["a.jpg"]
+    assert entered == ["."]
+    assert ids("*/*.PNG") == ["b/c.PNG"]
+    assert sorted(entered) == [".", ".", "./b"]
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/far/a.jpg": b"A", "/far/in/b.jpg": b"B"})
+    really_list = type(memory).ls
+    listed: list[str] = []
+    monkeypatch.setattr(
+        type(memory), "ls", lambda self, path, **how: listed.append(path) or really_list(self, path, **how)
+    )
+    try:
+        assert ids("memory://far/*.jpg") == ["memory:///far/a.jpg"]
+        assert listed == ["/far"]
+    finally:
+        memory.rm("/far", recursive=True)
+
+
+def test_links_in_a_circle_are_followed_once(folder: Path) -> None:
+    (folder / "b" / "d" / "up").symlink_to("..")
+    (folder / "b" / "here").symlink_to(".")
+    (folder / "b" / "self.jpg").symlink_to("self.jpg")
+    (folder / "other").mkdir()
+    (folder / "other" / "link").symlink_to("../b")
+
+    assert ids("b") == ["b/c.PNG", "b/d/e.jpeg", "b/self.jpg"]
+    assert ids("other") == ["other/link/c.PNG", "other/link/d/e.jpeg", "other/link/self.jpg"]
+    with pytest.raises(OSError, match="Too many levels"):
+        items("b")[-1].read()
+
+
+def test_a_folder_that_can_not_be_read_is_a_problem_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really_scan = os.scandir
+
+    def scan(path: str) -> Any:
+        if path.endswith("b/d"):
+            raise PermissionError(13, "Permission denied", path)
+        return really_scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+
+    assert [(item.id, item.problem) for item in items("b")] == [
+        ("b/c.PNG", None),
+        ("b/d", "[Errno 13] Permission denied: 'b/d'"),
+    ]
+    assert ids("**/*.PNG") == ["b/c.PNG", "b/d"]
+
+
+def test_pipes_are_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "b" / "pipe.jpg")
+
+    assert ids("b") == ["b/c.PNG", "b/d/e.jpeg"]
+
+
+def test_a_name_that_no_file_can_have_is_an_os_error(folder: Path) -> None:
+    (folder / "list.txt").write_bytes(b"a.jpg\0b.jpg\n")
+
+    with pytest.raises(OSError, match="embedded null byte"):
+        items("list.txt")[0].read()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("l.txt", "a.jpg\n"),
+        ("L.JSONL", '{"path": "a.jpg"}\n'),
+        ("l.csv", "path,n\na.jpg,1\n"),
+        ("l.tsv", "n\tpath\n1\ta.jpg\n"),
+    ],
+)
+def test_compressed_lists(folder: Path, name: str, content: str) -> None:
+    whole = gzip.compress(content.encode())
+    (folder / f"{name}.gz").write_bytes(whole)
+    assert ids(f"{name}.gz") == ["a.jpg"]
+
+    (folder / f"{name}.gz").write_bytes(whole[:-9])
+    with pytest.raises(InputError, match=r"gz can't be read further: Compressed file ended"):
+        items(f"{name}.gz")
+
+
 @pytest.mark.parametrize(
     ("path", "pattern", "whether"),
     [
@@ -80,11 +183,12 @@ def test_a_star_stays_within_a_name_and_two_do_not(path: str, pattern: str, whet
 
 
 def test_lists_of_paths(folder: Path) -> None:
-    (folder / "list.txt").write_bytes(b"a.jpg\r\n\nb/c.PNG\nno\xff.jpg")
+    (folder / "list.txt").write_bytes(b"\xef\xbb\xbfa.jpg\r\n\nb/c.PNG\nno\xff.jpg")
 
     assert ids("list.txt") == ["a.jpg", "b/c.PNG", "no\\xff.jpg"]
     assert Inputs(("list.txt",)).count() == 3
     assert Inputs(("-",)).count() is None
+    assert Inputs(("list.txt",), columns=Columns(content="data")).count() is None
 
 
 def test_relative_paths_begin_from_the_root(folder: Path) -> None:
@@ -100,15 +204,15 @@ def test_jsonl_with_paths_ids_bytes_and_bad_lines(folder: Path) -> None:
     content = base64.b64encode(b"bytes").decode()
     (folder / "list.jsonl").write_text(
         f'{{"path": "a.jpg", "name": 7}}\n\n{{"name": "x", "data": "{content}"}}\n'
-        'no json\n{"path": "a.jpg"}\n{"name": "y"}\n[]\n{"name": "z", "data": "?"}\n'
+        'no json\n{"path": "a.jpg"}\n{"name": "y"}\n[]\n{"name": "z", "data": "?"}\n{"name": "n", "data": 7}\n'
     )
 
     found = items("list.jsonl", columns=Columns("path", "data", "name"))
 
-    assert [item.id for item in found] == ["7", "x", "list.jsonl:4", "list.jsonl:5", "y", "list.jsonl:7", "z"]
+    assert [item.id for item in found] == ["7", "x", "list.jsonl:4", "list.jsonl:5", "y", "list.jsonl:7", "z", "n"]
     assert [item.read() for item in found[:2]] == [b"a.jpg", b"bytes"]
     for item, problem in zip(
-        found[2:], ["not JSON", "column name", "data or path", "no columns", "base64"], strict=True
+        found[2:], ["not JSON", "column name", "data or path", "no columns", "base64", "are int"], strict=True
     ):
         with pytest.raises(OSError, match=problem):
             item.read()
@@ -124,6 +228,16 @@ def test_tables_of_text(folder: Path, name: str, separator: str) -> None:
     assert found[1].problem == f"{name}:3 has no value in the column file"
     with pytest.raises(InputError, match=rf"{name} has no column path; it has file, label"):
         items(name)
+
+
+def test_a_cell_may_hold_lines_a_picture_or_what_is_not_utf_8(folder: Path) -> None:
+    content = base64.b64encode(bytes(200_000)).decode()
+    (folder / "list.csv").write_bytes(f'path,data\n"a,\n""b"".jpg",{content}\n'.encode() + b"\xe4.jpg,\n")
+
+    first, second = items("list.csv", columns=Columns(content="data"))
+
+    assert (first.id, first.read()) == ('a,\n"b".jpg', bytes(200_000))
+    assert (second.id, os.fsencode(items("list.csv")[1].path)) == ("\\xe4.jpg", b"\xe4.jpg")
 
 
 def test_parquet_with_paths_or_bytes(folder: Path) -> None:
@@ -144,6 +258,9 @@ def test_parquet_with_paths_or_bytes(folder: Path) -> None:
     assert Inputs(("t.parquet",)).count() == 3
     with pytest.raises(InputError, match=r"t.parquet has no column x; it has path, raw, image"):
         items("t.parquet", columns=Columns("x"))
+    (folder / "broken.parquet").write_bytes(b"PAR1nonsense")
+    with pytest.raises(InputError, match=r"broken.parquet can't be read further: Parquet magic bytes"):
+        items("broken.parquet")
 
 
 @pytest.mark.parametrize(("name", "mode"), [("s.tar", "w"), ("s.tar.gz", "w:gz"), ("s.tgz", "w:gz")])
@@ -169,6 +286,18 @@ def test_a_damaged_archive_is_told(folder: Path) -> None:
 
     with pytest.raises(InputError, match=r"s\.tar can't be read further"):
         items("s.tar")
+
+
+def test_an_archive_that_is_damaged_further_on_is_not_taken_for_a_shorter_one(folder: Path) -> None:
+    _archive(folder / "s.tar", 5)
+    content = bytearray((folder / "s.tar").read_bytes())
+    content[3 * 512 : 3 * 512 + 100] = b"x" * 100
+    (folder / "s.tar").write_bytes(content)
+    passing = iter(Inputs(("s.tar",)))
+
+    assert [next(passing).id for _ in range(3)] == ["s.tar/0.jpg", "s.tar/1.jpg", "s.tar/2.jpg"]
+    with pytest.raises(InputError, match=r"s\.tar can't be read further: damaged at byte 1536: bad checksum"):
+        next(passing)
 
 
 def test_pictures_are_arguments_too(folder: Path) -> None:
@@ -198,6 +327,38 @@ def test_a_package_that_is_missing_is_named(folder: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(MissingExtraError, match=r"s3://x needs fsspec.*pip install 'resnet-ensemble\[batch\]'"):
         Inputs(("s3://x",)).check()
+
+
+def test_an_address_that_no_driver_knows_is_told(folder: Path) -> None:
+    with pytest.raises(InputError, match="s9://x is no address that fsspec can read: Protocol not known: s9"):
+        Inputs(("s9://x",)).check()
+    with pytest.raises(OSError, match="Protocol not known"):
+        Item("x", "s9://x/a.jpg").read()
+
+
+def test_a_driver_that_is_not_installed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = importlib.import_module("fsspec.registry").known_implementations
+    monkeypatch.setitem(known, "s8", {"class": "no.Driver", "err": "Install s8fs"})
+
+    with pytest.raises(MissingExtraError, match="s8://x needs a package that is not installed: Install s8fs"):
+        Inputs(("s8://x",)).check()
+    with pytest.raises(MissingExtraError, match="Install s8fs"):
+        Item("x", "s8://x/a.jpg").read()
+
+
+def test_a_driver_that_fails_in_its_own_way_is_an_os_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    class CredentialsError(Exception):
+        pass
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise CredentialsError("no key")
+
+    monkeypatch.setattr(fsspec, "open", fail)
+
+    with pytest.raises(OSError, match=r"memory://a\.jpg: CredentialsError: no key"):
+        Item("x", "memory://a.jpg").read()
 
 
 @pytest.mark.parametrize("kind", ["list.txt", "list.jsonl", "list.csv", "s.tar", "folder"])

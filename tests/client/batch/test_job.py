@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from resnet_ensemble.client import ConnectionFailedError, ResnetError
 from resnet_ensemble.client.batch import COLUMNS, InputError, Job, OutputError, Progress, Summary, run
 from resnet_ensemble.client.batch import _job as job_module
 from resnet_ensemble.client.batch import _sender as sender_module
+from resnet_ensemble.client.batch._inputs import Item
 from tests.client.batch.conftest import answered, problem, rows_of, server
 
 Do = Callable[..., Summary]
@@ -69,7 +71,10 @@ def test_new_pictures_are_added(do: Do, pictures: Path, tmp_path: Path) -> None:
     assert len({row["id"] for row in rows_of(tmp_path / "rows.jsonl")}) == 11
 
 
-@pytest.mark.parametrize("change", [{"top_k": 1}, {"protocol": "flip"}, {"stop": "exact"}, {"bundle": "other-1-1"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"top_k": 1}, {"protocol": "flip"}, {"stop": "calibrated"}, {"format": "parquet"}, {"bundle": "other-1-1"}],
+)
 def test_another_configuration_or_bundle_is_refused_until_it_is_forced(
     do: Do, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -189,6 +194,20 @@ def test_what_fails_with_one_picture_again_and_again_is_its_row(
     assert [row["error_code"] for row in rows_of(tmp_path / "rows") if row["error_code"]] == [code]
 
 
+def test_a_server_that_was_away_or_busy_is_not_the_pictures_fault(do: Do, quick: None) -> None:
+    away: list[Any] = [httpx2.ConnectError("refused"), problem(503, "overloaded"), problem(502, "unknown")] * 10
+    once = [httpx2.RemoteProtocolError("gone"), httpx2.ReadTimeout("slow"), problem(500, "internal_error")]
+    seen: dict[bytes, Any] = {}
+
+    def predict(content: bytes) -> httpx2.Response:
+        failure = next(seen.setdefault(content, iter([*away, *once, *away, *once])), None)
+        if isinstance(failure, Exception):
+            raise failure
+        return answered(content) if failure is None else problem(failure.status_code, failure.json()["code"])
+
+    assert (do(predict).errors, len(seen)) == (0, 10)
+
+
 @pytest.mark.parametrize("failure", [problem(503, "overloaded"), httpx2.ConnectError("refused")], ids=str)
 def test_a_server_that_stays_away_ends_the_job_and_makes_no_error_rows(do: Do, quick: None, failure: Any) -> None:
     def predict(content: bytes) -> httpx2.Response:
@@ -200,6 +219,26 @@ def test_a_server_that_stays_away_ends_the_job_and_makes_no_error_rows(do: Do, q
 
     assert (summary.total_rows, summary.exit_code) == (0, 1)
     assert "nothing was answered for 0.05 s" in str(summary.stopped)
+
+
+def test_patience_does_not_run_out_while_there_is_nothing_to_ask(
+    do: Do, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_read = Item.read
+    seen: set[bytes] = set()
+
+    def read(item: Item) -> bytes:
+        time.sleep(0.5)
+        return really_read(item)
+
+    def predict(content: bytes) -> httpx2.Response:
+        first = content not in seen
+        seen.add(content)
+        return problem(503, "overloaded") if first else answered(content)
+
+    monkeypatch.setattr(Item, "read", read)
+
+    assert do(predict, patience=0.4, limit=1).rows == 1
 
 
 @pytest.mark.parametrize(
@@ -291,6 +330,32 @@ def test_a_full_disk_ends_the_job(do: Do, monkeypatch: pytest.MonkeyPatch) -> No
     assert summary.exit_code == 1
     assert "the rows can't be written: [Errno 28]" in str(summary.stopped)
     assert do().total_rows == 10
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_rows(do: Do, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_ensemble.client.batch._formats import JsonLines
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "join", full)
+        summary = do(output=tmp_path / "rows.jsonl")
+    assert (summary.exit_code, summary.total_rows) == (1, 10)
+    assert "the rows can't be written: [Errno 28]" in str(summary.stopped)
+
+    assert do(lambda _: pytest.fail("nothing is to be sent"), output=tmp_path / "rows.jsonl").exit_code == 0
+    assert len(rows_of(tmp_path / "rows.jsonl")) == 10
+
+
+def test_a_package_that_an_input_needs_ends_the_job(do: Do, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    (tmp_path / "list.txt").write_text("s3://x/a.jpg\n")
+
+    summary = do(inputs=(str(tmp_path / "list.txt"),))
+
+    assert (summary.exit_code, summary.total_rows) == (1, 0)
+    assert "s3://x/a.jpg needs fsspec" in str(summary.stopped)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,5 +1,6 @@
 """Exactly one row for each input, wherever a job is killed."""
 
+import io
 import itertools
 import json
 import os
@@ -7,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from resnet_ensemble.client.batch import OutputError
+from resnet_ensemble.client.batch import OutputError, _formats
 from resnet_ensemble.client.batch._disk import Disk
 from resnet_ensemble.client.batch._formats import FORMATS
 from resnet_ensemble.client.batch._output import LEDGER, Entry, Output, differences, live, parse_ledger
@@ -185,6 +187,46 @@ def test_force_deletes_nothing_where_nothing_changed(tmp_path: Path) -> None:
         assert output.rows == 2
 
 
+@pytest.mark.parametrize("fails", ["write", "fsync"])
+def test_half_a_line_is_taken_back_so_that_the_next_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    class Full(io.FileIO):
+        """The disk takes ten bytes, and then none."""
+
+        def write(self, line: Any, /) -> int:
+            if len(line) < 20 and fails == "write":
+                raise OSError(28, "No space left on device")
+            return super().write(line[:10] if fails == "write" else line)
+
+    def sync(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with begun(tmp_path / "rows") as output:
+        output.commit([row("a")])
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", lambda path, *how, **more: Full(path, "ab"))
+            if fails == "fsync":
+                patch.setattr(os, "fsync", sync)
+            for _ in range(2):
+                with pytest.raises(OSError, match=r"No space|Input/output"):
+                    Disk().append(tmp_path / "rows" / LEDGER, b'{"shard": "part-000001.jsonl"}\n')
+        output.commit([row("b")])
+
+    with begun(tmp_path / "rows") as output:
+        assert list(output.ids()) == ["a", "b"]
+
+
+def test_a_file_that_can_not_be_written_whole_is_not_left_there(tmp_path: Path) -> None:
+    def fill(file: BinaryIO) -> None:
+        file.write(bytes(100_000))
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        Disk().write(tmp_path / "part", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_jobs_do_not_write_into_one_output(tmp_path: Path) -> None:
     with begun(tmp_path / "rows"), pytest.raises(OutputError, match="another job is writing into"):
         begun(tmp_path / "rows")
@@ -264,6 +306,17 @@ def test_both_formats_hold_the_same(tmp_path: Path) -> None:
     assert rows_on_disk(tmp_path / "rows.jsonl") == rows_on_disk(tmp_path / "rows.parquet") == rows
     assert [path.name for path in (tmp_path / "rows.jsonl.shards").iterdir()] == [LEDGER]
     json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
+
+
+def test_small_shards_become_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_formats, "_GROUP", 4)
+    with begun(tmp_path / "rows.parquet") as output:
+        for number in range(11):
+            output.commit([row(str(number))])
+        output.finish()
+
+    written = pq.ParquetFile(tmp_path / "rows.parquet").metadata
+    assert [written.row_group(group).num_rows for group in range(written.num_row_groups)] == [4, 4, 3]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
