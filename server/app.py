@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from resnet_ensemble.server import admin, metrics, oip, uploads
+from resnet_ensemble.server import admin, metrics, oip, openapi, uploads
 from resnet_ensemble.server.connection import Leased, Timeout, body_size, client_of, service_of, unless_disconnected
 from resnet_ensemble.server.envelope import Envelope
-from resnet_ensemble.server.errors import CONTENT_TYPE, KINDS, ApiError, Problem, problem
+from resnet_ensemble.server.errors import CONTENT_TYPE, KINDS, ApiError, problem
 from resnet_ensemble.server.schemas import (
     Info,
     MemberDescription,
@@ -33,25 +33,17 @@ from resnet_ensemble.server.stopping import RULES
 from resnet_ensemble.server.uploads import Upload
 from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes
 
-NOT_OF_PREDICT = (
-    "not_found",
-    "method_not_allowed",
-    "invalid_tensor",
-    "unauthorized",
-    "bundle_not_allowed",
-    "reload_in_progress",
-    "bundle_refused",
-)
+NOT_OF_PREDICT = ("not_found", "method_not_allowed", "invalid_tensor", *admin.ONLY_HERE)
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is for the metrics
 _HTTP_CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed"}
 
 router = APIRouter()
 
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 _PREDICT_BODY = {
     "requestBody": {
         "required": True,
+        "description": "Without a content type, and as application/octet-stream, the body is taken for an image, too.",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -68,22 +60,10 @@ _PREDICT_BODY = {
                 },
                 "encoding": {"image": {"contentType": "image/*"}},
             },
-            "image/*": _BINARY,
-            "application/octet-stream": _BINARY,
+            "image/*": openapi.BINARY,
         },
     }
 }
-
-
-def _problems(*codes: str) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI responses for the codes, joined by status."""
-    by_status: dict[int | str, dict[str, Any]] = {}
-    for code in codes:
-        entry = by_status.setdefault(
-            KINDS[code].status, {"description": "", "content": {CONTENT_TYPE: {"schema": Problem.model_json_schema()}}}
-        )
-        entry["description"] = ", ".join(filter(None, [entry["description"], f"`{code}`"]))
-    return by_status
 
 
 def create_app(service: Service) -> FastAPI:
@@ -119,7 +99,7 @@ def create_app(service: Service) -> FastAPI:
     "/predict",
     summary="Classify one image or several",
     openapi_extra=_PREDICT_BODY,
-    responses=_problems(*(code for code in KINDS if code not in NOT_OF_PREDICT)),
+    responses=openapi.problems(*(code for code in KINDS if code not in NOT_OF_PREDICT)),
 )
 async def predict(
     request: Request,
@@ -168,14 +148,14 @@ async def livez() -> Status:
 
 
 @router.head("/readyz", include_in_schema=False)
-@router.get("/readyz", summary="Can it answer?", responses=_problems("not_ready"))
+@router.get("/readyz", summary="Can it answer?", responses=openapi.problems("not_ready"))
 async def readyz(request: Request) -> Status:
     """Ready once every engine is warm and has given the bundle's golden probabilities."""
     service_of(request).check_ready()
     return Status()
 
 
-@router.get("/info", summary="What is served here", responses=_problems("not_ready"))
+@router.get("/info", summary="What is served here", responses=openapi.problems("not_ready"))
 async def info(request: Request) -> Info:
     """The bundle, its members and their engines, protocols, measured errors, limits."""
     service = service_of(request)

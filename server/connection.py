@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Request
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import ClientDisconnect
 
 from resnet_ensemble.server.classifier import Classifier
@@ -13,12 +15,10 @@ from resnet_ensemble.server.service import Service
 _T = TypeVar("_T")
 
 Timeout = Annotated[
-    float | None,
+    # It may be absent, but the text "null" is no number.
+    Annotated[float, Field(ge=0.001, le=3600, allow_inf_nan=False)] | SkipJsonSchema[None],
     Header(
         alias="X-Request-Timeout",
-        gt=0,
-        le=3600,
-        allow_inf_nan=False,
         description="Seconds after which an answer is of no use: what is not done then is 504",
     ),
 ]

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 from resnet_ensemble.export.bundle import Measured
 from resnet_ensemble.export.engines import EngineInfo
@@ -25,10 +26,10 @@ class Options(BaseModel):
 
     top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes to answer, most probable first")] = 5
     protocol: Annotated[
-        ProtocolName | None, Field(description="Which views to average; the server's own by default")
+        ProtocolName | SkipJsonSchema[None], Field(description="Which views to average; the server's own by default")
     ] = None
     stop: Annotated[
-        StopRuleName | None,
+        StopRuleName | SkipJsonSchema[None],
         Field(
             description="When to stop: after all views, or as soon as no remaining view can change the most probable "
             "class; the server's own by default"
