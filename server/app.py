@@ -20,6 +20,7 @@ from resnet_ensemble.server.connection import Leased, Timeout, body_size, client
 from resnet_ensemble.server.envelope import Envelope
 from resnet_ensemble.server.errors import CONTENT_TYPE, KINDS, ApiError, problem
 from resnet_ensemble.server.schemas import (
+    CalibrationDescription,
     Info,
     MemberDescription,
     Options,
@@ -29,7 +30,7 @@ from resnet_ensemble.server.schemas import (
     Status,
 )
 from resnet_ensemble.server.service import Service
-from resnet_ensemble.server.stopping import RULES
+from resnet_ensemble.server.stopping import CALIBRATED, RULES
 from resnet_ensemble.server.uploads import Upload
 from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes
 
@@ -53,7 +54,7 @@ _PREDICT_BODY = {
                         "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
                         "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
                         "protocol": {"type": "string", "enum": list(ALL_PROTOCOLS)},
-                        "stop": {"type": "string", "enum": list(RULES)},
+                        "stop": {"type": "string", "enum": [*RULES, CALIBRATED]},
                         "abstain_below": {"type": "number", "minimum": 0, "maximum": 1},
                     },
                     "additionalProperties": False,
@@ -180,7 +181,17 @@ async def info(request: Request) -> Info:
         protocol=classifier.protocol,
         protocols={name: sum(block_sizes(name)) for name in ALL_PROTOCOLS},
         stop=classifier.stop,
-        stop_rules=tuple(classifier.rules),
+        stop_rules=classifier.strategies.rules,
+        calibrated={
+            protocol: CalibrationDescription(
+                disagreement=found.disagreement,
+                confidence=found.confidence,
+                images=found.images_certified,
+                disagreements=found.disagreements,
+                **found.costs[CALIBRATED].model_dump(),
+            )
+            for protocol, found in classifier.strategies.calibrations.items()
+        },
         members=members,
         measured=manifest.measured,
         streams=settings.streams,

@@ -120,6 +120,11 @@ class Calibration(_Part):
         kept = [(checkpoint, threshold) for checkpoint, threshold in pairs if threshold is not None]
         return Calibrated(tuple(checkpoint for checkpoint, _ in kept), tuple(threshold for _, threshold in kept))
 
+    def temperature(self, rule: str) -> float | None:
+        """That of a stop rule, if it made the calibration error smaller on images that it was not fitted on."""
+        known = (self.temperatures or {}).get(rule)
+        return known.temperature if known and known.error_after < known.error_before else None
+
     def ordered_plan(self, seconds: Sequence[Sequence[float]]) -> Plan:
         """The plan. `seconds`: of one view, for each member and block, on the host that runs it."""
         return in_order(self.protocol, seconds, self.plan)
@@ -142,9 +147,9 @@ def kinds(bundle: Bundle, engines: Sequence[EngineInfo]) -> tuple[EngineKind, ..
 
 def read(bundle: Bundle) -> tuple[Calibration, ...]:
     """Everything in the bundle's stopping.json; nothing if there is none. Raises NotCalibrated for a damaged one."""
-    file = bundle.path / FILE
+    file = f"{FILE} of {bundle.manifest.name}"
     try:
-        return Calibrations.model_validate(json.loads(file.read_bytes())).calibrations
+        return Calibrations.model_validate(json.loads((bundle.path / FILE).read_bytes())).calibrations
     except FileNotFoundError:
         return ()
     except ValidationError as error:
@@ -162,11 +167,12 @@ def find(bundle: Bundle, protocol: str, engines: Sequence[EngineInfo]) -> Calibr
     for known in candidates:
         if known.engines == wanted:
             return known
-    command = f"run {COMMAND} {bundle.path} IMAGES --protocol {protocol}"
+    command = f"run {COMMAND} BUNDLE IMAGES --protocol {protocol}"
+    file = f"{FILE} of {bundle.manifest.name}"  # without its path: clients are told
     if not candidates:
-        raise NotCalibrated(f"no thresholds for {protocol} in {bundle.path / FILE}: {command}")
+        raise NotCalibrated(f"no thresholds for {protocol} in {file}: {command}")
     others = "; ".join(_difference(wanted, known.engines) for known in candidates)
-    raise NotCalibrated(f"the thresholds for {protocol} in {bundle.path / FILE} are of others: {others}; {command}")
+    raise NotCalibrated(f"the thresholds for {protocol} in {file} are of others: {others}; {command}")
 
 
 def write(bundle: Bundle, found: Calibration) -> None:

@@ -11,27 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ensemble.export import engine_store, host
-from resnet_ensemble.export.bundle import Bundle, Member
+from resnet_ensemble.export.bundle import Bundle, BundleError, Member
 from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.export.engines.fake import FakeEngine
-from resnet_ensemble.server import costs, ensemble, images, stopping
+from resnet_ensemble.server import costs, ensemble, images, stopping, temperature
 from resnet_ensemble.server.admission import Overloaded
+from resnet_ensemble.server.calibration import NotCalibrated
 from resnet_ensemble.server.costs import Cost
 from resnet_ensemble.server.decoding import Decoders
 from resnet_ensemble.server.dispatch import Job, Tally
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
-from resnet_ensemble.server.plan import Plan, cheapest_first
 from resnet_ensemble.server.scheduler import EngineFailure, Scheduler
-from resnet_ensemble.server.schemas import ClassProbability, MemberVote, Options, Prediction, Timings
+from resnet_ensemble.server.schemas import ClassProbability, MemberVote, Options, Prediction, RankedClass, Timings
 from resnet_ensemble.server.settings import Settings
-from resnet_ensemble.training.views import (
-    ALL_PROTOCOLS,
-    Preprocessing,
-    block_pixels,
-    block_sizes,
-    make_blocks,
-)
+from resnet_ensemble.server.strategies import Strategies, Strategy
+from resnet_ensemble.training.views import Preprocessing, make_blocks
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +55,10 @@ class _Times:
 class Evaluated:
     """One image, evaluated: what the engines gave, and its mean.
 
-    - rule: the stop rule that ran
     - seconds: by stage
     """
 
-    plan: Plan
-    rule: str
+    strategy: Strategy
     tally: Tally
     mean: ensemble.Average
     seconds: dict[str, float]
@@ -77,7 +70,7 @@ class Evaluated:
 
     def certain(self, top: int = 1) -> bool:
         """Whether the set of the `top` most probable classes is proven to be the one of all planned views."""
-        weights = stopping.equal_weights(self.plan.views)
+        weights = stopping.equal_weights(self.strategy.plan.views)
         return stopping.decided(self.tally.sums.sum(axis=0), weights, self.used, top)
 
 
@@ -92,11 +85,14 @@ class Classifier:
         self._identity = bundle.identity
         self.protocol = settings.protocol or self._manifest.protocol
         self.stop = settings.stop
-        self.rules = stopping.RULES
         members = self._manifest.members
         engines = [open_with(bundle, member, settings) for member in members]
         self.costs = [_cost(bundle, member, engine, settings) for member, engine in zip(members, engines, strict=True)]
-        self.plans = {protocol: self._plan(protocol) for protocol in ALL_PROTOCOLS}
+        self.strategies = Strategies(bundle, [engine.info for engine in engines], self.costs)
+        try:
+            self.strategies.of(self.protocol, self.stop)
+        except NotCalibrated as error:
+            raise BundleError(f"the stop rule can't be {self.stop}: {error}") from None
         sides = [member.preprocessing.crop for member in members]
         self._decoders = Decoders(threads=host.cores(), max_bytes=settings.max_view_bytes)
         self.scheduler = Scheduler(
@@ -106,7 +102,7 @@ class Classifier:
             batch_pixels=[cost.batch * side**2 for cost, side in zip(self.costs, sides, strict=True)],
             max_wait=settings.max_wait_seconds,
             probes=[np.zeros((1, side, side, 3), np.uint8) for side in sides],
-            reopen=lambda member: open_with(bundle, members[member], settings),
+            reopen=lambda member: self._reopened(member, open_with(bundle, members[member], settings)),
             observer=metrics.observer([member.name for member in members]),
         )
 
@@ -127,7 +123,8 @@ class Classifier:
 
         - deadline: of time.monotonic(); what is not answered then is ApiError("deadline_exceeded")
 
-        Raises ApiError("overloaded") before any work when the predicted wait is above the limit.
+        Raises ApiError("overloaded") before any work when the predicted wait is above the limit, and
+        ApiError("not_calibrated").
         """
         return await self.evaluate(contents, options, deadline, lambda result: self._prediction(result, options))
 
@@ -139,12 +136,15 @@ class Classifier:
         finish: Callable[["Evaluated"], _T],
     ) -> list[_T | ApiError]:
         """As `classify`, with what `finish` makes of each image's result."""
-        plan, rule = self.plans[options.protocol or self.protocol], self.rules[options.stop or self.stop]
+        try:
+            strategy = self.strategies.of(options.protocol or self.protocol, options.stop or self.stop)
+        except NotCalibrated as error:
+            raise ApiError("not_calibrated", str(error)) from None
         sound = [content for content in contents if not isinstance(content, ApiError)]
         if deadline is None:
             deadline = time.monotonic() + _NEVER
         try:
-            jobs = self.scheduler.admit(plan, rule, len(sound), deadline=deadline)
+            jobs = self.scheduler.admit(strategy.plan, strategy.rule, len(sound), deadline=deadline)
         except Overloaded as error:
             raise refused(error) from None
         following = iter(jobs)
@@ -153,7 +153,7 @@ class Classifier:
                 *(
                     _passed(content)
                     if isinstance(content, ApiError)
-                    else self._answer(next(following), content, deadline, finish)
+                    else self._answer(next(following), strategy, content, deadline, finish)
                     for content in contents
                 )
             )
@@ -177,18 +177,20 @@ class Classifier:
             if member not in down:  # a dead engine is closed already
                 engine.close()
 
-    def _plan(self, protocol: str) -> Plan:
-        seconds = [
-            [
-                cost.seconds * pixels / member.preprocessing.crop**2
-                for pixels in block_pixels(member.preprocessing, protocol)
-            ]
-            for member, cost in zip(self._manifest.members, self.costs, strict=True)
-        ]
-        return cheapest_first(protocol, seconds, block_sizes(protocol))
+    def _reopened(self, member: int, engine: Engine) -> Engine:
+        """A member has a new engine. It may be of another kind, if engines were built meanwhile."""
+        infos = [known.info for known in self.engines]
+        infos[member] = engine.info
+        self.strategies = Strategies(self.bundle, infos, self.costs)
+        return engine
 
     async def _answer(
-        self, job: Job, content: Content, deadline: float, finish: Callable[["Evaluated"], _T]
+        self,
+        job: Job,
+        strategy: Strategy,
+        content: Content,
+        deadline: float,
+        finish: Callable[["Evaluated"], _T],
     ) -> _T | ApiError:
         began = time.monotonic()
         times = _Times()
@@ -206,7 +208,7 @@ class Classifier:
         finally:
             self.scheduler.release(job)
             self._decoders.free(ticket)
-        return finish(self._evaluated(job, tally, times, began))
+        return finish(self._evaluated(strategy, tally, times, began))
 
     def _prepare(self, job: Job, content: Content, times: _Times) -> int:
         """Decode an image, make its views and submit them. Returns their bytes."""
@@ -228,7 +230,7 @@ class Classifier:
         self.scheduler.submit(job, [made[member.preprocessing] for member in self._manifest.members])
         return sum(block.nbytes for blocks in made.values() for block in blocks)
 
-    def _evaluated(self, job: Job, tally: Tally, times: _Times, began: float) -> "Evaluated":
+    def _evaluated(self, strategy: Strategy, tally: Tally, times: _Times, began: float) -> "Evaluated":
         averaging = time.monotonic()
         mean = ensemble.average(tally.sums, tally.views)
         now = time.monotonic()
@@ -240,13 +242,23 @@ class Classifier:
             "average": now - averaging,
             "total": now - began,
         }
-        result = Evaluated(job.plan, job.rule.name, tally, mean, seconds)
-        self._metrics.answered(job.plan.protocol, job.rule.name, result.used, job.plan.views, seconds)
+        result = Evaluated(strategy, tally, mean, seconds)
+        plan = strategy.plan
+        self._metrics.answered(plan.protocol, strategy.rule.name, result.used, plan.views, seconds)
         return result
 
     def _prediction(self, result: "Evaluated", options: Options) -> Prediction:
-        mean = result.mean
-        top = [self._class(mean.ensemble, index) for index in ensemble.top(mean.ensemble, options.top_k)]
+        mean, plan = result.mean, result.strategy.plan
+        confidence = None
+        if result.strategy.temperature is not None:
+            confidence = temperature.apply(mean.ensemble, result.strategy.temperature)
+        top = [
+            RankedClass(
+                **self._class(mean.ensemble, index).model_dump(),
+                confidence=None if confidence is None else float(confidence[index]),
+            )
+            for index in ensemble.top(mean.ensemble, options.top_k)
+        ]
         members = [
             MemberVote(member=member.name, views=views, **self._class(row, ensemble.top(row, 1)[0]).model_dump())
             for member, row, views in zip(
@@ -258,10 +270,10 @@ class Classifier:
             **top[0].model_dump(),
             top=top,
             members=members,
-            protocol=result.plan.protocol,
-            stop_rule=result.rule,
+            protocol=plan.protocol,
+            stop_rule=result.strategy.rule.name,
             views_used=result.used,
-            views_planned=result.plan.views,
+            views_planned=plan.views,
             certain=result.certain(),
             certain_top5=result.certain(_TOP),
             entropy=float(ensemble.entropy(mean.ensemble)),

@@ -36,6 +36,7 @@ KINDS = {
     "extreme_aspect_ratio": Kind(422, "The image is too long for its width"),
     "too_many_scans": Kind(422, "The progressive JPEG has too many scans"),
     "invalid_option": Kind(422, "An option is unknown or has a wrong value"),
+    "not_calibrated": Kind(422, "There are no thresholds for the stop rule `calibrated`"),
     "bundle_refused": Kind(422, "The bundle can't be served; the one before still is"),
     "invalid_tensor": Kind(422, "A tensor is not what the model takes or gives"),
     "quota_exceeded": Kind(429, "This client has too many images in progress"),

@@ -1,6 +1,6 @@
 """Accuracy and cost of a bundle, through the very code that serves it: encoded images in, predictions out.
 
-    python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA                 # every protocol and stop rule
+    python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA                 # every protocol and its stop rules
     python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA --protocol 10crop --stop exact --limit 500
     python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA --record       # and write it into bundle.json
 
@@ -26,18 +26,20 @@ from tqdm import tqdm
 
 from resnet_ensemble.export.bundle import Bundle, BundleError, Measured, write
 from resnet_ensemble.export.engines import BackendUnavailable
+from resnet_ensemble.server.calibration import NotCalibrated
 from resnet_ensemble.server.classifier import Classifier, load
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.schemas import Options, Prediction
 from resnet_ensemble.server.settings import Settings
-from resnet_ensemble.server.stopping import RULES
+from resnet_ensemble.server.stopping import CALIBRATED, RULES
 from resnet_ensemble.training import cifar
 from resnet_ensemble.training.accuracy import wilson
 from resnet_ensemble.training.views import ALL_PROTOCOLS
 
 IN_FLIGHT = 64
 FULL = "full"
+STOPS = (*RULES, CALIBRATED)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ async def evaluate(
         names = [member.name for member in classifier.bundle.manifest.members]
         columns = zip(names, zip(*votes, strict=True), strict=True)
         members = {name: _differing(list(column), labels) for name, column in columns}
-    plan = classifier.plans[protocol]
+    plan = classifier.strategies.of(protocol, stop).plan
     used = [answer.views_used for answer in found]
     spent = sum(plan.seconds_between(0, views) for views in used)
     score = Score(
@@ -140,11 +142,12 @@ async def evaluate(
 async def evaluate_all(
     classifier: Classifier, examples: list[tuple[bytes, int]], protocols: list[str], stops: list[str]
 ) -> list[Score]:
-    """Every protocol with every stop rule. Agreement is with `full` where that is one of them."""
+    """Every protocol with every stop rule that it has. Agreement is with `full` where that is one of them."""
     scores = []
     for protocol in protocols:
         all_views = None
-        for stop in sorted(stops, key=lambda name: name != FULL):  # what the others are compared with comes first
+        has = [stop for stop in stops if stop != CALIBRATED or protocol in classifier.strategies.calibrations]
+        for stop in sorted(has, key=lambda name: name != FULL):  # what the others are compared with comes first
             score, indices = await evaluate(classifier, examples, protocol, stop, all_views)
             all_views = indices if stop == FULL else all_views
             scores.append(score)
@@ -220,13 +223,13 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="CIFAR's official files, or one folder of images a label")
     parser.add_argument("--split", default="val", choices=cifar.SPLITS, help="of CIFAR (default: val)")
     parser.add_argument("--protocol", action="append", choices=ALL_PROTOCOLS, help="may be repeated (default: all)")
-    parser.add_argument("--stop", action="append", choices=list(RULES), help="may be repeated (default: all)")
+    parser.add_argument("--stop", action="append", choices=STOPS, help="may be repeated (default: all)")
     parser.add_argument("--limit", type=int, metavar="N", help="only N images, at equal distances")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--record", action="store_true", help="write the errors of all views into bundle.json")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    stops = arguments.stop or list(RULES)
+    stops = arguments.stop or list(STOPS)
     if arguments.limit is not None and arguments.limit < 1:
         parser.error(f"--limit {arguments.limit} leaves no image")
     if arguments.record and (arguments.limit is not None or FULL not in stops):
@@ -238,8 +241,11 @@ def main() -> None:
         manifest = classifier.bundle.manifest
         dataset, examples = read(arguments.data, arguments.split, manifest.labels)
         examples = spread(examples, arguments.limit)
-        scores = asyncio.run(evaluate_all(classifier, examples, arguments.protocol or list(ALL_PROTOCOLS), stops))
-    except (BundleError, BackendUnavailable, cifar.DataError, ApiError) as problem:
+        protocols = arguments.protocol or list(ALL_PROTOCOLS)
+        if CALIBRATED in (arguments.stop or ()) and not set(protocols) & set(classifier.strategies.calibrations):
+            classifier.strategies.of(protocols[0], CALIBRATED)
+        scores = asyncio.run(evaluate_all(classifier, examples, protocols, stops))
+    except (BundleError, BackendUnavailable, NotCalibrated, cifar.DataError, ApiError) as problem:
         sys.exit(f"evaluate: {problem}")
     classifier.close()
     if arguments.json:

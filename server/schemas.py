@@ -9,14 +9,14 @@ from resnet_ensemble.export.bundle import Measured
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.server.costs import Cost
 from resnet_ensemble.server.errors import Problem
-from resnet_ensemble.server.stopping import RULES
+from resnet_ensemble.server.stopping import CALIBRATED, RULES
 from resnet_ensemble.training.views import ALL_PROTOCOLS, Preprocessing
 
 ProtocolName = Literal["center", "flip", "10crop", "dense", "multiscale"]
-StopRuleName = Literal["full", "exact"]
+StopRuleName = Literal["full", "exact", "calibrated"]
 # The schema lists what the code can do.
 assert get_args(ProtocolName) == ALL_PROTOCOLS
-assert get_args(StopRuleName) == tuple(RULES)
+assert get_args(StopRuleName) == (*RULES, CALIBRATED)
 
 
 class Options(BaseModel):
@@ -31,8 +31,8 @@ class Options(BaseModel):
     stop: Annotated[
         StopRuleName | SkipJsonSchema[None],
         Field(
-            description="When to stop: after all views, or as soon as no remaining view can change the most probable "
-            "class; the server's own by default"
+            description="When to stop: after all views, as soon as no remaining view can change the most probable "
+            "class, or as soon as that is unlikely enough; the server's own by default"
         ),
     ] = None
     abstain_below: Annotated[
@@ -47,6 +47,18 @@ class ClassProbability(BaseModel):
     label: str
     index: int
     probability: float
+
+
+class RankedClass(ClassProbability):
+    """One of the ensemble's classes."""
+
+    confidence: Annotated[
+        float | None,
+        Field(
+            description="The probability at the temperature that made it as often right as it says. null where none "
+            "was fitted for this protocol, stop rule and engines, or where it did not help"
+        ),
+    ]
 
 
 class MemberVote(ClassProbability):
@@ -73,7 +85,8 @@ class Prediction(BaseModel):
     label: str
     index: int
     probability: float
-    top: list[ClassProbability]
+    confidence: Annotated[float | None, Field(description="As in `top`")]
+    top: list[RankedClass]
     members: Annotated[list[MemberVote], Field(description="Of the members that were given a view, in their order")]
     protocol: ProtocolName
     stop_rule: StopRuleName
@@ -117,6 +130,17 @@ class MemberDescription(BaseModel):
     cost: Annotated[Cost, Field(description="Seconds of a view, by which plans are ordered, and views in a full batch")]
 
 
+class CalibrationDescription(BaseModel):
+    """What the stop rule `calibrated` promises for a protocol here, and what it took on the images that certify it."""
+
+    disagreement: Annotated[float, Field(description="At most this share of labels is another than `full`'s ...")]
+    confidence: Annotated[float, Field(description="... with this confidence")]
+    images: int
+    disagreements: Annotated[int, Field(description="Of these images, how many got another label than `full`'s")]
+    views: float
+    cost: Annotated[float, Field(description="Seconds of the views that were run by those of all")]
+
+
 class Info(BaseModel):
     """What this server serves, and within which limits."""
 
@@ -127,6 +151,7 @@ class Info(BaseModel):
     protocols: dict[str, int] = Field(description="Every protocol and its views a member")
     stop: Annotated[StopRuleName, Field(description="Where a request does not say it")]
     stop_rules: tuple[StopRuleName, ...]
+    calibrated: dict[str, CalibrationDescription] = Field(description="Every protocol that has the rule `calibrated`")
     members: list[MemberDescription]
     measured: tuple[Measured, ...]
     streams: int

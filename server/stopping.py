@@ -170,4 +170,5 @@ def equal_weights(planned: int) -> NDArray[np.float64]:
     return np.ones(planned)
 
 
-RULES: dict[str, StopRule] = {rule.name: rule for rule in (Full(), Exact())}
+RULES: dict[str, StopRule] = {rule.name: rule for rule in (Full(), Exact())}  # for every bundle; with no parameters
+CALIBRATED = Calibrated.name

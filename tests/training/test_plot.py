@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -25,6 +26,36 @@ def test_the_logs_in_the_repository_end_with_the_bundle_s_errors(logs: list[Path
         if measured.protocol == "center"
     }
     assert ends == trained
+
+
+def test_the_degradation_logs_show_what_the_paper_says_and_the_readme_quotes(root: Path) -> None:
+    folder, readme = root / "training" / "results" / "degradation", (root / "README.md").read_text()
+    ends = {}
+    for kind, title in (("plain", "plain"), ("resnet", "ResNet")):
+        for depth in (20, 56):
+            log = plot.read(folder / f"{kind}{depth}-cifar10.csv")
+            assert log["epoch"] == [1, 2, 3, 4, 5, 6]
+            ends[kind, depth] = log["train_error"][-1], log["val_error"][-1]
+            assert f"| {title}-{depth} | {ends[kind, depth][0]:.2f} % | {ends[kind, depth][1]:.2f} % |" in readme
+
+    assert all(deep > shallow for deep, shallow in zip(ends["plain", 56], ends["plain", 20], strict=True))
+    assert all(deep < shallow for deep, shallow in zip(ends["resnet", 56], ends["resnet", 20], strict=True))
+
+
+def test_the_degradation_plot_is_drawn_from_its_logs(root: Path) -> None:
+    results = root / "training" / "results"
+    plain, residual = (
+        plot.named([results / "degradation" / f"{kind}{depth}-cifar10.csv" for depth in (20, 56)])
+        for kind in ("plain", "resnet")
+    )
+
+    drawn, committed = (
+        np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), np.int16)
+        for content in (plot.draw([plain, residual], 85), (results / "degradation.png").read_bytes())
+    )
+    # Another release of matplotlib may move a letter by a pixel, but not a line.
+    assert drawn.shape == committed.shape
+    assert np.mean(np.abs(drawn - committed).max(axis=2) > 32) < 0.02
 
 
 def test_the_same_logs_give_the_same_picture_and_others_another(logs: list[Path]) -> None:
