@@ -46,7 +46,12 @@ def verdict(error: ResnetError, attempts: int) -> Verdict:
 
 
 def _of_status(error: StatusError, attempts: int) -> Verdict:
-    if isinstance(error, AuthenticationError) or error.code in ("not_found", "method_not_allowed", "invalid_option"):
+    if isinstance(error, AuthenticationError) or error.code in (
+        "not_found",
+        "method_not_allowed",
+        "invalid_option",
+        "not_calibrated",
+    ):
         return Verdict.STOP
     if error.status == 408 or error.code == "deadline_exceeded":
         return Verdict.REFUSED if attempts < _ATTEMPTS["timeout"] else Verdict.ROW
