@@ -1,7 +1,8 @@
 """Continuous batching of views: the threads, the clock and the engines around the decisions in dispatch.py.
 
 Nothing polls. A worker sleeps until there is something to run; a batch starts when a worker is free and views are
-waiting, so batches fill by themselves under load.
+waiting, so batches fill by themselves under load. New work wakes one worker, and a worker that leaves work behind wakes
+the next: a thread that is woken in vain costs as much as many a small thing that it could do.
 
 When a run fails, the engine is asked for a view that it has answered before. If it does, the images are to blame, and
 are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while other
@@ -70,7 +71,9 @@ class Scheduler:
         self._open = reopen
         self._observer = observer or Observer()
         self._decide = Dispatcher(classes=classes, streams=streams, batch_pixels=batch_pixels, max_wait=max_wait)
-        self._changed = threading.Condition()  # guards everything below and the decisions
+        self._lock = threading.Lock()  # guards everything below and the decisions
+        self._work_waits = threading.Condition(self._lock)
+        self._run_ended = threading.Condition(self._lock)  # for who waits until an engine is not used any more
         self._running: Counter[int] = Counter()  # batches on each member's engine
         self._down: dict[int, str] = {}  # members whose engine is being opened anew, and why it has not succeeded yet
         self._closing = threading.Event()
@@ -82,58 +85,58 @@ class Scheduler:
     @property
     def engines(self) -> list[Engine]:
         """Of each member, the one that is used now."""
-        with self._changed:
+        with self._lock:
             return list(self._engines)
 
     @property
     def down(self) -> dict[int, str]:
         """Members whose engine has died and is not back, with what went wrong when it was last opened, or ""."""
-        with self._changed:
+        with self._lock:
             return dict(self._down)
 
     def predicted_wait(self) -> float:
         """Seconds until everything admitted so far is done, from the measured cost of a view."""
-        with self._changed:
+        with self._lock:
             return self._decide.predicted_wait()
 
     def unfinished_views(self) -> int:
         """Views of admitted images that have no result and have not been saved by a stop rule."""
-        with self._changed:
+        with self._lock:
             return self._decide.unfinished_views
 
     def waiting_views(self) -> int:
         """Views that could be run now if an engine were free."""
-        with self._changed:
+        with self._lock:
             return self._decide.waiting_views
 
     def check(self, deadline: float) -> None:
         """Raise Overloaded if an image that came now, to be answered by then, would not be taken."""
-        with self._changed:
+        with self._lock:
             self._decide.check(time.monotonic(), deadline, 1, 0.0)
 
     def admit(self, plan: Plan, rule: StopRule, images: int = 1, *, deadline: float) -> list[Job]:
         """Reserve room for a request's images, all or none. Raises Overloaded. `deadline`: of time.monotonic()."""
-        with self._changed:
+        with self._lock:
             return self._decide.admit(time.monotonic(), deadline, plan, rule, images)
 
     def submit(self, job: Job, blocks: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
         """Queue an admitted image's views: of each member, uint8 (views, h, w, 3) a block. Its future is set later."""
-        with self._changed:
+        with self._lock:
             self._decide.submit(time.monotonic(), job, blocks)
-            self._changed.notify_all()
+            self._work_waits.notify()
 
     def release(self, job: Job) -> None:
         """Forget a job: its waiting views leave the queues and its room is free. Without effect on a finished one."""
         if not job.active:  # as most are: then the event loop does not wait for the workers' lock
             return
-        with self._changed:
+        with self._lock:
             released = self._decide.release(job)
         if released and job.future.cancel():
             job.future.set_running_or_notify_cancel()  # wakes whoever waits for it
 
     def fail(self, job: Job, error: Exception) -> None:
         """Answer a job with an error. Without effect on a finished one."""
-        with self._changed:
+        with self._lock:
             released = self._decide.release(job)
         if released and job.future.set_running_or_notify_cancel():
             job.future.set_exception(error)
@@ -141,8 +144,8 @@ class Scheduler:
     def close(self) -> None:
         """Run what is queued, then stop the workers."""
         self._closing.set()
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
+            self._work_waits.notify_all()
         for worker in self._workers:
             worker.join()
         for thread in list(self._reopening):
@@ -150,14 +153,16 @@ class Scheduler:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while (batch := self._decide.next(time.monotonic())) is None:
                     if self._closing.is_set() and not self._decide.waiting_views and not self._running.total():
-                        self._changed.notify_all()
+                        self._work_waits.notify_all()
                         return
-                    self._changed.wait()
+                    self._work_waits.wait()
                 engine = self._engines[batch.member]
                 self._running[batch.member] += 1
+                if self._decide.waiting_views:
+                    self._work_waits.notify()
             self._run(batch, engine)
 
     def _run(self, batch: Batch, engine: Engine) -> None:
@@ -172,7 +177,7 @@ class Scheduler:
             self._on_failure(batch, engine, error)
             return
         now = time.monotonic()
-        with self._changed:
+        with self._lock:
             jobs = self._decide.done(batch, probabilities, now - formed)
             self._finished(batch)
         for job in jobs:
@@ -184,7 +189,7 @@ class Scheduler:
     def _finished(self, batch: Batch) -> None:
         """Called with the lock held."""
         self._running[batch.member] -= 1
-        self._changed.notify_all()
+        self._run_ended.notify_all()
 
     def _check(self, probabilities: NDArray[np.float32], views: int) -> None:
         """Refuse what is no list of probabilities; stopping.py relies on their range."""
@@ -195,10 +200,10 @@ class Scheduler:
 
     def _on_failure(self, batch: Batch, engine: Engine, error: Exception) -> None:
         member = batch.member
-        with self._changed:
+        with self._lock:
             dead = self._engines[member] is not engine or member in self._down
         dead = dead or not self._sound(member, engine)
-        with self._changed:
+        with self._lock:
             beside = self._engines[member] is not engine or member in self._down
             if dead and not beside:
                 log.error("the engine of member %d died: %s: %s", member, type(error).__name__, error)
@@ -222,9 +227,9 @@ class Scheduler:
         return True
 
     def _reopen(self, member: int) -> None:
-        with self._changed:
+        with self._lock:
             while self._running[member]:
-                self._changed.wait()
+                self._run_ended.wait()
             dead = self._engines[member]
         try:
             dead.close()
@@ -235,12 +240,12 @@ class Scheduler:
             if self._closing.wait(delay):
                 return
             delay = min(2 * delay, _LONGEST_DELAY)
-        with self._changed:
+        with self._lock:
             self._engines[member] = fresh
             del self._down[member]
             self._decide.resume(member)
             self._reopening.remove(threading.current_thread())
-            self._changed.notify_all()
+            self._work_waits.notify_all()
         log.warning("the engine of member %d was opened anew", member)
         self._observer.restarted(member)
 
@@ -251,10 +256,10 @@ class Scheduler:
             self._check(fresh.run(self._probes[member]), len(self._probes[member]))
         except Exception as error:
             log.exception("the engine of member %d can't be opened anew", member)
-            with self._changed:
+            with self._lock:
                 self._down[member] = f"{type(error).__name__}: {error}"
                 waiting = self._decide.give_up(member)
-                self._changed.notify_all()
+                self._work_waits.notify_all()
             self._give_up(waiting, error)
             return None
         return fresh
