@@ -5,22 +5,25 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Request
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 
 from resnet_ensemble.server.classifier import Classifier
 from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.openapi import NotNull
 from resnet_ensemble.server.service import Service
 
 _T = TypeVar("_T")
 
 TIMEOUT = "X-Request-Timeout"
 Timeout = Annotated[
-    # It may be absent, but the text "null" is no number.
-    Annotated[float, Field(ge=0.001, le=3600, allow_inf_nan=False)] | SkipJsonSchema[None],
+    float | None,
+    NotNull(),
     Header(
         alias=TIMEOUT,
+        ge=0.001,
+        le=3600,
+        allow_inf_nan=False,
         description="Seconds after which an answer is of no use: what is not done then is 504",
     ),
 ]

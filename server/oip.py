@@ -17,7 +17,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import WithJsonSchema
-from pydantic.json_schema import SkipJsonSchema
 
 from resnet_ensemble.server import admin, models, openapi, tensors
 from resnet_ensemble.server.classifier import Classifier
@@ -93,8 +92,11 @@ async def _find(request: Request, classifier: Leased, name: str, version: str | 
 
 Named = Annotated[Model, Depends(_find)]
 # Read as text, so that what is wrong with it is told as of the rest of the body.
-_Length = Annotated[str, WithJsonSchema({"type": "integer", "minimum": 0})]
-HeaderLength = Annotated[_Length | SkipJsonSchema[None], Header(alias=HEADER_LENGTH, description="Where the JSON ends")]
+HeaderLength = Annotated[
+    str | None,
+    WithJsonSchema({"type": "integer", "minimum": 0}),
+    Header(alias=HEADER_LENGTH, description="Where the JSON ends"),
+]
 
 
 @router.get("")

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from resnet_ensemble.server.errors import CONTENT_TYPE, KINDS, Problem
 
@@ -20,6 +22,16 @@ _HEADERS = {
     429: _RETRY_AFTER,
     503: _RETRY_AFTER,
 }
+
+
+class NotNull:
+    """Beside `T | None` of a parameter, in Annotated: it may be absent, but the text "null" is no value of it."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema of T."""
+        found = handler(schema)
+        (alternative,) = (option for option in found.pop("anyOf") if option != {"type": "null"})
+        return found | alternative
 
 
 class Error(BaseModel):
