@@ -169,9 +169,10 @@ async def _predict(
 
 
 @router.head("/livez", include_in_schema=False)
-@router.get("/livez", summary="Is the process alive?")
-async def livez() -> Status:
-    """Answers as soon as the server listens."""
+@router.get("/livez", summary="Need it be restarted?", responses=openapi.problems("not_ready"))
+async def livez(request: Request) -> Status:
+    """Answers as soon as the server listens, and refuses while an engine hangs, which only a new process can help."""
+    service_of(request).check_alive()
     return Status()
 
 

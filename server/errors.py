@@ -43,7 +43,7 @@ KINDS = {
     "internal_error": Kind(500, "The server failed"),
     "engine_failure": Kind(500, "A model failed on this image"),
     "overloaded": Kind(503, "The server is busy"),
-    "not_ready": Kind(503, "The server is still starting"),
+    "not_ready": Kind(503, "The server can't answer now"),
     "deadline_exceeded": Kind(504, "The request's time is over"),
 }
 

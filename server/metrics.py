@@ -67,6 +67,9 @@ class Metrics:
         self.restarts = Counter(
             "resnet_engine_restarts", "Engines that died and were opened anew", ["member"], registry=registry
         )
+        self.hangs = Counter(
+            "resnet_engine_hangs", "Engine runs that did not end in their time", ["member"], registry=registry
+        )
         self.reloads = Counter(
             "resnet_reloads", "Bundles loaded while serving: `switched` to, or `refused`", ["result"], registry=registry
         )
@@ -125,6 +128,7 @@ class _Observer(Observer):
         self._views = [metrics.batch_views.labels(name) for name in members]
         self._seconds = [metrics.batch_seconds.labels(name) for name in members]
         self._restarts = [metrics.restarts.labels(name) for name in members]
+        self._hangs = [metrics.hangs.labels(name) for name in members]
         self._forming = metrics.batch_forming_seconds
         self._retried = metrics.retried
 
@@ -138,3 +142,6 @@ class _Observer(Observer):
 
     def restarted(self, member: int) -> None:
         self._restarts[member].inc()
+
+    def hung(self, member: int) -> None:
+        self._hangs[member].inc()

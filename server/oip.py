@@ -106,9 +106,10 @@ async def server() -> Server:
     return Server(name="resnet-ensemble", version=version, extensions=_EXTENSIONS)
 
 
-@router.get("/health/live")
-async def live() -> Live:
-    """Answers as soon as the server listens."""
+@router.get("/health/live", responses=openapi.errors("not_ready"))
+async def live(request: Request) -> Live:
+    """As /livez."""
+    service_of(request).check_alive()
     return Live()
 
 

@@ -7,19 +7,22 @@ the next: a thread that is woken in vain costs as much as many a small thing tha
 When a run fails, the engine is asked for a view that it has answered before. If it does, the images are to blame, and
 are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while other
 members' work goes on. If it can't be opened, what waits for it fails, and it is tried again later.
+
+A run that does not end (hangs.py) can't be stopped: what waits for that engine fails, and nothing more is given to it.
 """
 
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.server.dispatch import Batch, Dispatcher, Job, Tally
+from resnet_ensemble.server.hangs import Run, Runs
 from resnet_ensemble.server.plan import Plan
 from resnet_ensemble.server.stopping import SLACK, StopRule
 
@@ -30,6 +33,10 @@ _FIRST_DELAY, _LONGEST_DELAY = 1.0, 30.0  # seconds between attempts to open an 
 
 class EngineFailure(Exception):
     """A member's engine failed on this image even when it was run alone."""
+
+
+class EngineHung(Exception):
+    """A member's engine does not end a run."""
 
 
 class Observer:
@@ -44,6 +51,9 @@ class Observer:
     def restarted(self, member: int) -> None:
         """A member's engine was opened anew."""
 
+    def hung(self, member: int) -> None:
+        """A member's engine does not end a run."""
+
 
 class Scheduler:
     """Runs jobs on one engine a member.
@@ -51,6 +61,7 @@ class Scheduler:
     - classes, streams, batch_pixels, max_wait: as in Dispatcher
     - probes: of each member, views uint8 (n, h, w, 3) that a sound engine answers
     - reopen: opens a member's engine anew; without it, an engine that dies stays dead
+    - run_limit: seconds after which a run hangs (hangs.py)
     """
 
     def __init__(
@@ -63,6 +74,7 @@ class Scheduler:
         max_wait: float,
         probes: Sequence[NDArray[np.uint8]],
         reopen: Callable[[int], Engine],
+        run_limit: float = 60.0,
         observer: Observer | None = None,
     ) -> None:
         self._engines = list(engines)
@@ -76,11 +88,15 @@ class Scheduler:
         self._run_ended = threading.Condition(self._lock)  # for who waits until an engine is not used any more
         self._running: Counter[int] = Counter()  # batches on each member's engine
         self._down: dict[int, str] = {}  # members whose engine is being opened anew, and why it has not succeeded yet
-        self._closing = threading.Event()
+        self._runs: Runs[Batch] = Runs(run_limit)  # by the thread that runs it
+        self._hung: dict[Hashable, Run[Batch]] = {}  # of these, the overdue, when they were looked at last
+        self._look_every = run_limit / 4  # seconds
+        self._closing, self._closed = threading.Event(), threading.Event()
         self._reopening: list[threading.Thread] = []
         self._workers = [threading.Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(streams)]
-        for worker in self._workers:
-            worker.start()
+        self._watcher = threading.Thread(target=self._watch, name="engine-watcher", daemon=True)
+        for thread in (*self._workers, self._watcher):
+            thread.start()
 
     @property
     def engines(self) -> list[Engine]:
@@ -90,9 +106,18 @@ class Scheduler:
 
     @property
     def down(self) -> dict[int, str]:
-        """Members whose engine has died and is not back, with what went wrong when it was last opened, or ""."""
+        """Members whose engine has died and is not back, with what went wrong when it was last opened, or "".
+
+        And those whose engine hangs.
+        """
         with self._lock:
-            return dict(self._down)
+            return self._down | {run.what.member: "it does not end a run" for run in self._hung.values()}
+
+    @property
+    def hung(self) -> set[int]:
+        """Members whose engine does not end a run."""
+        with self._lock:
+            return {run.what.member for run in self._hung.values()}
 
     def predicted_wait(self) -> float:
         """Seconds until everything admitted so far is done, from the measured cost of a view."""
@@ -142,25 +167,56 @@ class Scheduler:
             job.future.set_exception(error)
 
     def close(self) -> None:
-        """Run what is queued, then stop the workers."""
+        """Run what is queued, then stop the workers. What hangs is not waited for."""
         self._closing.set()
         with self._lock:
             self._work_waits.notify_all()
-        for worker in self._workers:
-            worker.join()
-        for thread in list(self._reopening):
-            thread.join()
+        for thread in (*self._workers, *self._reopening):
+            while thread.is_alive() and not self._waits_for_ever(thread):
+                thread.join(self._look_every)
+        self._closed.set()
+        self._watcher.join()
+
+    def _waits_for_ever(self, thread: threading.Thread) -> bool:
+        with self._lock:
+            return thread.ident in self._hung or any(
+                thread.name == f"reopen-{run.what.member}" for run in self._hung.values()
+            )
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._look_every):
+            self._look()
+
+    def _look(self) -> None:
+        """Give up what waits for an engine that hangs."""
+        with self._lock:
+            overdue = self._runs.overdue(time.monotonic())
+            fresh = [run.what.member for key, run in overdue.items() if key not in self._hung]
+            self._hung = overdue
+            waiting = [part.job for run in overdue.values() for part in run.what.parts]
+            waiting = [job for job in waiting if self._decide.release(job)]
+            for member in {run.what.member for run in overdue.values()}:
+                self._decide.pause(member)
+                waiting += self._decide.give_up(member)
+            if overdue:
+                self._work_waits.notify_all()
+        for member in fresh:
+            log.critical("the engine of member %d does not end a run: restart this process", member)
+            self._observer.hung(member)
+        self._give_up(waiting, EngineHung())
 
     def _work(self) -> None:
         while True:
             with self._lock:
                 while (batch := self._decide.next(time.monotonic())) is None:
-                    if self._closing.is_set() and not self._decide.waiting_views and not self._running.total():
+                    running = self._running.total() - len(self._hung)
+                    if self._closing.is_set() and not self._decide.waiting_views and not running:
                         self._work_waits.notify_all()
                         return
                     self._work_waits.wait()
                 engine = self._engines[batch.member]
                 self._running[batch.member] += 1
+                self._runs.begin(threading.get_ident(), batch, batch.seconds, time.monotonic())
                 if self._decide.waiting_views:
                     self._work_waits.notify()
             self._run(batch, engine)
@@ -187,8 +243,14 @@ class Scheduler:
         self._observer.batch(batch.member, len(views), formed - began, now - formed)
 
     def _finished(self, batch: Batch) -> None:
-        """Called with the lock held."""
+        """Called by its worker, with the lock held."""
         self._running[batch.member] -= 1
+        self._runs.end(threading.get_ident())
+        if self._hung.pop(threading.get_ident(), None):
+            log.warning("the engine of member %d has ended its run after all", batch.member)
+            if batch.member not in self._down | {run.what.member: "" for run in self._hung.values()}:
+                self._decide.resume(batch.member)
+                self._work_waits.notify_all()
         self._run_ended.notify_all()
 
     def _check(self, probabilities: NDArray[np.float32], views: int) -> None:
@@ -265,6 +327,7 @@ class Scheduler:
         return fresh
 
     def _give_up(self, jobs: Sequence[Job], error: Exception) -> None:
+        told = error if isinstance(error, EngineHung) else EngineFailure(f"{type(error).__name__}: {error}")
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(EngineFailure(f"{type(error).__name__}: {error}"))
+                job.future.set_exception(told)
