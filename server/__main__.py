@@ -17,6 +17,7 @@ from types import FrameType
 import uvicorn
 
 from resnet_ensemble.server.app import create_app
+from resnet_ensemble.server.protocol import LimitedHttp
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import explain, from_environment
 
@@ -68,6 +69,7 @@ def main() -> int:
         create_app(service),
         host=settings.host,
         port=settings.port,
+        http=LimitedHttp,
         timeout_graceful_shutdown=settings.drain_seconds,
         access_log=False,
         log_config=None,

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -134,7 +135,7 @@ async def predict(request: Request) -> Response:
     # that HTTP costs.
     service = service_of(request)
     settings = service.settings
-    options, seconds = _options(request.query_params), timeout_of(request)
+    options, seconds = _options(_once(request.query_params)), timeout_of(request)
     deadline = time.monotonic() + (settings.timeout_seconds if seconds is None else seconds)
     with service.lease() as classifier:
         service.check_able()
@@ -237,6 +238,12 @@ async def measurements(request: Request) -> Response:
 async def root() -> RedirectResponse:
     """A person who opens the server in a browser gets its documentation."""
     return RedirectResponse("docs")
+
+
+def _once(query: QueryParams) -> QueryParams:
+    if len(query) != len(query.multi_items()):
+        raise ApiError("invalid_option", "an option is given twice in the query")
+    return query
 
 
 def _options(given: Mapping[str, str]) -> Options:

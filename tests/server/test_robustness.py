@@ -1,6 +1,7 @@
 """Clients and engines that misbehave, against a server process over real sockets: nobody else notices."""
 
 import asyncio
+import contextlib
 import itertools
 import random
 import signal
@@ -18,7 +19,9 @@ from typing import Any
 
 import httpx2
 import pytest
+import uvicorn
 
+from resnet_ensemble.server.protocol import LimitedHttp
 from tests.server.test_process import metric, process, wait_for, wait_until_ready
 from tests.server.test_refusals import RAW, assert_problem
 
@@ -214,3 +217,44 @@ def test_what_is_wrong_with_one_image_or_client_is_not_felt_by_others(png: Png) 
     middle = [sorted(seconds)[len(seconds) // 2] for seconds in (undisturbed, disturbed)]
     assert len(disturbed) > 20
     assert middle[1] < 3 * middle[0] + 0.05  # a fifth client sends 5 images at a time meanwhile
+
+
+@PROC
+def test_a_request_whose_head_does_not_end_is_not_kept() -> None:
+    with process(RESNET_BACKEND="fake") as (running, url):
+        wait_until_ready(url)
+        before = held(running.pid)["memory"]
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":")[-1]))) as endless:
+            endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n")
+            with pytest.raises(ConnectionError):
+                endless.sendall(b"X-A: b\r\n" * 8_000_000)
+        assert held(running.pid)["memory"] < before + 20 * 1024
+        large = {"Cookie": "a" * 30_000}
+        assert httpx2.get(f"{url}/livez", headers=large).status_code == 200
+
+
+def test_a_head_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where the time can be made short; pipelined and kept connections have a clock for each head."""
+    monkeypatch.setattr("resnet_ensemble.server.protocol.HEAD_SECONDS", 0.3)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def talk() -> None:
+        server = uvicorn.Server(uvicorn.Config(app, port=0, http=LimitedHttp, lifespan="off", log_config=None))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:  # noqa: ASYNC110  # uvicorn has no event for it
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        for first in (b"", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(first)
+            with contextlib.suppress(ConnectionError):
+                answer = await asyncio.wait_for(reader.read(), 5)
+                assert answer.count(b"204") == first.count(b"Host")
+            writer.close()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(talk())
