@@ -91,7 +91,10 @@ class CalibrationFile(_Part):
 
 
 class Member(_Part):
-    """One network of the ensemble."""
+    """One network of the ensemble.
+
+    - multiply_adds: of one crop, as the paper counts them; None in bundles that were exported before it was recorded
+    """
 
     name: Name
     file: RelativePath
@@ -101,6 +104,7 @@ class Member(_Part):
     recipe: dict[str, str | bool | int | float | list[float]]
     measured: tuple[Measured, ...]
     calibration: CalibrationFile | None = None
+    multiply_adds: int | None = Field(default=None, gt=0)
 
 
 class Golden(_Part):

@@ -56,7 +56,7 @@ from resnet_ensemble.export.weights import Source, WeightsError
 from resnet_ensemble.training import cifar
 from resnet_ensemble.training.checkpoint import CheckpointError
 from resnet_ensemble.training.cifar import DataError
-from resnet_ensemble.training.model import parameter_count
+from resnet_ensemble.training.model import multiply_adds, parameter_count
 from resnet_ensemble.training.views import Preprocessing, make_views
 
 OPSET = 20
@@ -162,6 +162,7 @@ def export(
                 recipe=source.recipe,
                 measured=source.measured,
                 calibration=calibrated,
+                multiply_adds=multiply_adds(source.network, seen.crop),
             )
         )
         for picture, png in pictures.items():

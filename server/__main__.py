@@ -1,20 +1,45 @@
 """Serve a bundle: python -m resnet_ensemble.server
 
 Settings are environment variables, listed below. SIGTERM and SIGINT stop the listener, answer what was accepted, and
-exit with 0. SIGHUP loads the bundle again and switches to it if it is sound.
+exit with 0; what can't be ended, such as an engine that hangs, is left after RESNET_DRAIN_SECONDS, and the exit code is
+1. SIGHUP loads the bundle again and switches to it if it is sound.
 """
 
 import argparse
 import logging
+import os
 import signal
 import sys
+import threading
 import warnings
+from types import FrameType
 
 import uvicorn
 
 from resnet_ensemble.server.app import create_app
+from resnet_ensemble.server.protocol import LimitedHttp
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import explain, from_environment
+
+log = logging.getLogger(__name__)
+
+_GRACE = 5  # seconds after the drain limit in which engines end their runs and are closed
+
+
+class _Server(uvicorn.Server):
+    """Ends its process a while after the drain limit, whatever hangs."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        timer = threading.Timer((self.config.timeout_graceful_shutdown or 0) + _GRACE, _give_up)
+        timer.daemon = True
+        timer.start()
+
+
+def _give_up() -> None:
+    log.critical("not everything could be ended in time; exiting without it")
+    logging.shutdown()
+    os._exit(1)  # nothing less ends a process whose threads hang in native code
 
 
 def main() -> int:
@@ -44,17 +69,20 @@ def main() -> int:
         create_app(service),
         host=settings.host,
         port=settings.port,
+        http=LimitedHttp,
         timeout_graceful_shutdown=settings.drain_seconds,
         access_log=False,
         log_config=None,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     # uvicorn raises the signal again after a clean stop; with these handlers that does not turn into an exit code.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     if sys.platform != "win32":
         signal.signal(signal.SIGHUP, lambda *_: service.reload_soon())
     server.run()
+    if any(thread.name.startswith("engine-") for thread in threading.enumerate()):
+        _give_up()
     return 1 if fatal or not server.started else 0
 
 

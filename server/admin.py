@@ -5,11 +5,14 @@ import time
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from resnet_ensemble.server import openapi
 from resnet_ensemble.server.connection import service_of
 from resnet_ensemble.server.errors import ApiError
 
+ONLY_HERE = ("unauthorized", "bundle_not_allowed", "reload_in_progress", "bundle_refused")  # codes
 _MAX_BODY = 4096  # bytes
 
 
@@ -29,19 +32,29 @@ class Reloaded(BaseModel):
     seconds: float
 
 
-async def _authorized(request: Request) -> None:
+_BEARER = HTTPBearer(auto_error=False, description="The key of the setting RESNET_ADMIN_KEY")
+
+
+async def _authorized(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]
+) -> None:
     key = service_of(request).settings.admin_key
     assert key is not None
-    given = request.headers.get("authorization", "")
+    given = credentials.credentials if credentials else ""
     # The time that this takes does not tell how much of a guess was right.
-    if not hmac.compare_digest(given.encode(), f"Bearer {key.get_secret_value()}".encode()):
+    if not hmac.compare_digest(given.encode(), key.get_secret_value().encode()):
         raise ApiError("unauthorized", "send the header `Authorization: Bearer KEY` with the key of RESNET_ADMIN_KEY")
 
 
-router = APIRouter(prefix="/admin", include_in_schema=False, dependencies=[Depends(_authorized)])
+router = APIRouter(prefix="/admin", tags=["Administration"], dependencies=[Depends(_authorized)])
 
 
-@router.post("/reload")
+@router.post(
+    "/reload",
+    summary="Load a bundle and switch to it",
+    openapi_extra={"requestBody": {"content": {"application/json": {"schema": Reload.model_json_schema()}}}},
+    responses=openapi.problems(*ONLY_HERE, "request_too_large", "invalid_option", "not_ready"),
+)
 async def reload(request: Request) -> Reloaded:
     """Load a bundle, check it, and switch to it without an interruption; if it is not sound, nothing changes."""
     began = time.monotonic()

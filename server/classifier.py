@@ -22,7 +22,7 @@ from resnet_ensemble.server.decoding import Decoders
 from resnet_ensemble.server.dispatch import Job, Tally
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
-from resnet_ensemble.server.scheduler import EngineFailure, Scheduler
+from resnet_ensemble.server.scheduler import EngineFailure, EngineHung, Scheduler
 from resnet_ensemble.server.schemas import ClassProbability, MemberVote, Options, Prediction, RankedClass, Timings
 from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.server.strategies import Strategies, Strategy
@@ -103,6 +103,7 @@ class Classifier:
             max_wait=settings.max_wait_seconds,
             probes=[np.zeros((1, side, side, 3), np.uint8) for side in sides],
             reopen=lambda member: self._reopened(member, open_with(bundle, members[member], settings)),
+            run_limit=settings.engine_timeout_seconds,
             observer=metrics.observer([member.name for member in members]),
         )
 
@@ -202,6 +203,8 @@ class Classifier:
             return error
         except TimeoutError:
             return ApiError("deadline_exceeded", "the image was not answered in the time that the request has")
+        except EngineHung:
+            return hangs()
         except EngineFailure:
             log.exception("engine failure")
             return ApiError("engine_failure", "a model failed on this image, even when it was run alone")
@@ -299,6 +302,11 @@ async def _passed(error: ApiError) -> ApiError:
 def refused(error: Overloaded) -> ApiError:
     """What a client is told of a request that is not taken."""
     return ApiError("overloaded", str(error), retry_after=error.retry_after, reason=error.reason)
+
+
+def hangs() -> ApiError:
+    """What a client is told whose image waits for an engine that hangs. Another process may answer."""
+    return ApiError("not_ready", "a model does not end what it runs; this process must be restarted", retry_after=1)
 
 
 def _backend(settings: Settings) -> str | None:

@@ -5,23 +5,29 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Request
+from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 
 from resnet_ensemble.server.classifier import Classifier
+from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.openapi import NotNull
 from resnet_ensemble.server.service import Service
 
 _T = TypeVar("_T")
 
+TIMEOUT = "X-Request-Timeout"
 Timeout = Annotated[
     float | None,
+    NotNull(),
     Header(
-        alias="X-Request-Timeout",
-        gt=0,
+        alias=TIMEOUT,
+        ge=0.001,
         le=3600,
         allow_inf_nan=False,
         description="Seconds after which an answer is of no use: what is not done then is 504",
     ),
 ]
+_timeout: TypeAdapter[float | None] = TypeAdapter(Timeout)
 
 
 def service_of(request: Request) -> Service:
@@ -39,6 +45,14 @@ async def _leased(request: Request) -> AsyncIterator[Classifier]:
 Leased = Annotated[Classifier, Depends(_leased, scope="function")]
 
 
+def timeout_of(request: Request) -> float | None:
+    """What the header says, for a route without FastAPI's parameters. Raises ApiError("invalid_option")."""
+    try:
+        return _timeout.validate_python(request.headers.get(TIMEOUT))
+    except ValidationError as error:
+        raise ApiError("invalid_option", f"{TIMEOUT}: {error.errors()[0]['msg']}") from None
+
+
 def client_of(request: Request) -> str:
     """The address that a quota counts for."""
     return request.client.host if request.client else "unknown"
@@ -52,18 +66,20 @@ def body_size(request: Request, largest: int) -> int:
 
 async def unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:
     """Await `work`, but cancel it when the client goes away, so that its views leave the queues."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
+        async with asyncio.timeout(None) as until:
+            gone = asyncio.create_task(_disconnect(request, until))
+            try:
+                return await work
+            finally:
+                gone.cancel()
+    except TimeoutError:
+        if until.expired():
+            raise ClientDisconnect from None
+        raise
 
 
-async def _disconnect(request: Request) -> None:
+async def _disconnect(request: Request, until: asyncio.Timeout) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    until.reschedule(0)

@@ -49,9 +49,9 @@ class Decoders:
         """Its result is not needed any more; if it was not begun yet, it never will be."""
         with self._changed:
             ticket.freed, ticket.work = True, None
-            if ticket.held:
-                self._held -= ticket.held
+            if self._held >= self._max_bytes and ticket.held:
                 self._changed.notify_all()
+            self._held -= ticket.held
 
     def close(self) -> None:
         """Finish what was begun."""

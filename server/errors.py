@@ -24,6 +24,7 @@ KINDS = {
     "not_found": Kind(404, "There is nothing at this path"),
     "method_not_allowed": Kind(405, "This path does not take this method"),
     "slow_upload": Kind(408, "The request took too long to arrive"),
+    "not_calibrated": Kind(409, "There are no thresholds for the stop rule `calibrated`"),
     "reload_in_progress": Kind(409, "Another bundle is being loaded, or the last one drained"),
     "request_too_large": Kind(413, "The request is too large"),
     "image_too_large": Kind(413, "The image has too many bytes"),
@@ -36,14 +37,13 @@ KINDS = {
     "extreme_aspect_ratio": Kind(422, "The image is too long for its width"),
     "too_many_scans": Kind(422, "The progressive JPEG has too many scans"),
     "invalid_option": Kind(422, "An option is unknown or has a wrong value"),
-    "not_calibrated": Kind(422, "There are no thresholds for the stop rule `calibrated`"),
     "bundle_refused": Kind(422, "The bundle can't be served; the one before still is"),
     "invalid_tensor": Kind(422, "A tensor is not what the model takes or gives"),
     "quota_exceeded": Kind(429, "This client has too many images in progress"),
     "internal_error": Kind(500, "The server failed"),
     "engine_failure": Kind(500, "A model failed on this image"),
     "overloaded": Kind(503, "The server is busy"),
-    "not_ready": Kind(503, "The server is still starting"),
+    "not_ready": Kind(503, "The server can't answer now"),
     "deadline_exceeded": Kind(504, "The request's time is over"),
 }
 

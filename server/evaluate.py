@@ -6,19 +6,21 @@
 
 DATA holds CIFAR's official files (`--split val` or `test`), or one folder of images for each label. Prints, for each
 protocol and stop rule, the top-1 error of the ensemble with its 95 % Wilson interval, of how many images the label is
-the one of all views, views used, what they cost by the measured seconds of a view, and images per second. The errors of
-each member alone are those of all its views.
+the one of all views, views used, their multiply-adds, what they cost by the measured seconds of a view, and images per
+second. The errors of each member alone are those of all its views. `--plot` draws error against multiply-adds.
 """
 
 import argparse
 import asyncio
+import importlib.util
 import io
 import json
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
@@ -28,41 +30,22 @@ from resnet_ensemble.export.bundle import Bundle, BundleError, Measured, write
 from resnet_ensemble.export.engines import BackendUnavailable
 from resnet_ensemble.server.calibration import NotCalibrated
 from resnet_ensemble.server.classifier import Classifier, load
+from resnet_ensemble.server.drawing import draw
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
+from resnet_ensemble.server.plan import Plan
 from resnet_ensemble.server.schemas import Options, Prediction
+from resnet_ensemble.server.scores import Score
 from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.server.stopping import CALIBRATED, RULES
 from resnet_ensemble.training import cifar
 from resnet_ensemble.training.accuracy import wilson
-from resnet_ensemble.training.views import ALL_PROTOCOLS
+from resnet_ensemble.training.files import write_atomically
+from resnet_ensemble.training.views import ALL_PROTOCOLS, block_pixels
 
 IN_FLIGHT = 64
 FULL = "full"
 STOPS = (*RULES, CALIBRATED)
-
-
-@dataclass(frozen=True)
-class Score:
-    """One protocol and stop rule.
-
-    - ensemble: top-1 error in %
-    - members: of each member alone in %, where it was given all its views
-    - agreement: images in % with the label of all views; None where those were not evaluated
-    - views_used, views_planned: of an image, on average
-    - cost: seconds of the views used by those planned, by the measured seconds of a view
-    """
-
-    protocol: str
-    stop: str
-    images: int
-    ensemble: float
-    members: dict[str, float] | None
-    agreement: float | None
-    views_used: float
-    views_planned: int
-    cost: float
-    images_per_second: float
 
 
 def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, list[tuple[bytes, int]]]:
@@ -135,8 +118,25 @@ async def evaluate(
         plan.views,
         spent / (len(used) * plan.seconds),
         len(examples) / seconds,
+        _multiply_adds(classifier, plan, used),
     )
     return score, indices
+
+
+def _multiply_adds(classifier: Classifier, plan: Plan, used: list[int]) -> float | None:
+    """Of an image, on average: the first `used` views of the plan each. Views of other sizes cost as their pixels."""
+    of_view: dict[tuple[int, int], float] = {}  # by member and block
+    for index, member in enumerate(classifier.bundle.manifest.members):
+        if member.multiply_adds is None:
+            return None
+        for block, pixels in enumerate(block_pixels(member.preprocessing, plan.protocol)):
+            of_view[index, block] = member.multiply_adds * pixels / member.preprocessing.crop**2
+    total = sum(
+        of_view[stage.member, stage.block] * (high - low) * images
+        for views, images in Counter(used).items()
+        for stage, low, high in plan.between(0, views)
+    )
+    return total / len(used)
 
 
 async def evaluate_all(
@@ -157,7 +157,8 @@ async def evaluate_all(
 def table(scores: list[Score]) -> str:
     """The scores as a Markdown table."""
     names = next((list(score.members) for score in scores if score.members is not None), [])
-    columns = ["protocol", "stop", *names, "ensemble (95 % interval)", "agreement", "views", "cost", "images/s"]
+    columns = ["protocol", "stop", *names, "ensemble (95 % interval)", "agreement", "views", "multiply-adds", "cost"]
+    columns += ["images/s"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for score in scores:
         low, high = wilson(score.ensemble, score.images)
@@ -169,6 +170,7 @@ def table(scores: list[Score]) -> str:
             f"**{score.ensemble:.2f} %** ({low:.2f} to {high:.2f})",
             "" if score.agreement is None else f"{score.agreement:.2f} %",
             f"{score.views_used:.1f} of {score.views_planned}",
+            "" if score.multiply_adds is None else f"{score.multiply_adds / 1e6:,.0f} M",
             f"{score.cost:.2f}",
             f"{score.images_per_second:.0f}",
         ]
@@ -226,6 +228,7 @@ def main() -> None:
     parser.add_argument("--stop", action="append", choices=STOPS, help="may be repeated (default: all)")
     parser.add_argument("--limit", type=int, metavar="N", help="only N images, at equal distances")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw error against multiply-adds; needs matplotlib")
     parser.add_argument("--record", action="store_true", help="write the errors of all views into bundle.json")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -234,11 +237,15 @@ def main() -> None:
         parser.error(f"--limit {arguments.limit} leaves no image")
     if arguments.record and (arguments.limit is not None or FULL not in stops):
         parser.error("--record is of all images and all views: without --limit, and with --stop full")
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install 'resnet-ensemble[plot]'")
     # Nobody waits for an answer here, so nothing is refused.
     settings = Settings(bundle=arguments.bundle, max_wait_seconds=3600)
     try:
         classifier = load(settings, Metrics())
         manifest = classifier.bundle.manifest
+        if arguments.plot and any(member.multiply_adds is None for member in manifest.members):
+            sys.exit("evaluate: the bundle does not say its members' multiply-adds, so --plot can't; export it again")
         dataset, examples = read(arguments.data, arguments.split, manifest.labels)
         examples = spread(examples, arguments.limit)
         protocols = arguments.protocol or list(ALL_PROTOCOLS)
@@ -253,6 +260,8 @@ def main() -> None:
     else:
         print(f"{classifier.bundle.identity} on {dataset} {arguments.split}, n = {len(examples)}, top-1 error\n")
         print(table(scores))
+    if arguments.plot:
+        write_atomically(arguments.plot, draw(scores, f"{classifier.bundle.identity}, {dataset} {arguments.split}"))
     if arguments.record:
         record(classifier.bundle, scores, dataset, arguments.split)
 

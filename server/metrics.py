@@ -11,6 +11,7 @@ from resnet_ensemble.server.scheduler import Observer
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SHORT_SECONDS = (0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025)
 _COUNTS = (1, 2, 4, 8, 10, 16, 20, 32, 40, 60, 64, 128, 256)
+STAGES = ("decode", "views", "queue", "inference", "average", "total")
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -35,11 +36,12 @@ class Metrics:
         self.in_flight = Gauge("resnet_images_in_flight", "Images accepted and not answered yet", registry=registry)
         self.stage_seconds = Histogram(
             "resnet_stage_seconds",
-            "Seconds of an image by stage: decode, views, queue, inference, average, total",
+            f"Seconds of an image by stage: {', '.join(STAGES)}",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,
         )
+        self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
         self.views = Histogram(
             "resnet_image_views", "Views evaluated for an image, over all members", buckets=_COUNTS, registry=registry
         )
@@ -64,6 +66,9 @@ class Metrics:
         self.retried = Counter("resnet_retried_images", "Images of batches that were run again", registry=registry)
         self.restarts = Counter(
             "resnet_engine_restarts", "Engines that died and were opened anew", ["member"], registry=registry
+        )
+        self.hangs = Counter(
+            "resnet_engine_hangs", "Engine runs that did not end in their time", ["member"], registry=registry
         )
         self.reloads = Counter(
             "resnet_reloads", "Bundles loaded while serving: `switched` to, or `refused`", ["result"], registry=registry
@@ -90,7 +95,7 @@ class Metrics:
     def answered(self, protocol: str, rule: str, used: int, planned: int, seconds: Mapping[str, float]) -> None:
         """An image was answered with a prediction; `seconds` by stage."""
         for stage, value in seconds.items():
-            self.stage_seconds.labels(stage).observe(value)
+            self._stages[stage].observe(value)
         self.images.labels(protocol).inc()
         self.stops.labels(rule, "early" if used < planned else "end").inc()
         self.views.observe(used)
@@ -123,6 +128,7 @@ class _Observer(Observer):
         self._views = [metrics.batch_views.labels(name) for name in members]
         self._seconds = [metrics.batch_seconds.labels(name) for name in members]
         self._restarts = [metrics.restarts.labels(name) for name in members]
+        self._hangs = [metrics.hangs.labels(name) for name in members]
         self._forming = metrics.batch_forming_seconds
         self._retried = metrics.retried
 
@@ -136,3 +142,6 @@ class _Observer(Observer):
 
     def restarted(self, member: int) -> None:
         self._restarts[member].inc()
+
+    def hung(self, member: int) -> None:
+        self._hangs[member].inc()

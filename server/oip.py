@@ -16,8 +16,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import WithJsonSchema
 
-from resnet_ensemble.server import models, tensors
+from resnet_ensemble.server import admin, models, openapi, tensors
 from resnet_ensemble.server.classifier import Classifier
 from resnet_ensemble.server.connection import (
     Leased,
@@ -27,8 +28,22 @@ from resnet_ensemble.server.connection import (
     service_of,
     unless_disconnected,
 )
-from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.errors import KINDS, ApiError
 from resnet_ensemble.server.models import Model
+from resnet_ensemble.server.oip_schemas import (
+    REQUEST_BODY,
+    Config,
+    ConfiguredInput,
+    ConfiguredOutput,
+    Indexed,
+    Inferred,
+    Live,
+    Metadata,
+    ModelReady,
+    Ready,
+    Server,
+    Tensor,
+)
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.tensors import HEADER_LENGTH, Spec
 
@@ -45,8 +60,20 @@ _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}  # "defl
 _STEP = 2**20  # bytes that are decompressed before they are counted
 _WORTH_COMPRESSING = 1024  # bytes
 
-# The protocol has a document of its own; ours, at /docs, is about what only this server has.
-router = APIRouter(prefix=_PREFIX, include_in_schema=False)
+_OF_MODELS = openapi.errors("not_found", "not_ready")
+_OF_INFER = openapi.errors(
+    *(code for code in KINDS if code not in ("method_not_allowed", "missing_image", *admin.ONLY_HERE))
+)
+_INFERRED: dict[str, Any] = {
+    "model": Inferred,
+    "headers": {
+        HEADER_LENGTH: {"description": "Where the JSON ends, if tensors follow", "schema": {"type": "integer"}},
+        "X-Bundle": {"required": True, "schema": {"type": "string"}},
+    },
+    "content": {"application/octet-stream": openapi.BINARY},
+}
+
+router = APIRouter(prefix=_PREFIX, tags=["Open Inference Protocol v2"])
 
 
 def speaks(request: Request) -> bool:
@@ -56,7 +83,7 @@ def speaks(request: Request) -> bool:
 
 def refusal(error: ApiError, headers: Mapping[str, str]) -> Response:
     """An error in the protocol's shape."""
-    return JSONResponse({"error": str(error)}, error.kind.status, headers)
+    return JSONResponse(openapi.Error(error=str(error)).model_dump(), error.kind.status, headers)
 
 
 async def _find(request: Request, classifier: Leased, name: str, version: str | None = None) -> Model:
@@ -64,86 +91,100 @@ async def _find(request: Request, classifier: Leased, name: str, version: str | 
 
 
 Named = Annotated[Model, Depends(_find)]
+# Read as text, so that what is wrong with it is told as of the rest of the body.
+HeaderLength = Annotated[
+    str | None,
+    WithJsonSchema({"type": "integer", "minimum": 0}),
+    Header(alias=HEADER_LENGTH, description="Where the JSON ends"),
+]
 
 
 @router.get("")
-async def server() -> dict[str, Any]:
+async def server() -> Server:
     """What this server is."""
     version = importlib.metadata.version("resnet-ensemble")
-    return {"name": "resnet-ensemble", "version": version, "extensions": _EXTENSIONS}
+    return Server(name="resnet-ensemble", version=version, extensions=_EXTENSIONS)
 
 
-@router.get("/health/live")
-async def live() -> dict[str, bool]:
-    """Answers as soon as the server listens."""
-    return {"live": True}
+@router.get("/health/live", responses=openapi.errors("not_ready"))
+async def live(request: Request) -> Live:
+    """As /livez."""
+    service_of(request).check_alive()
+    return Live()
 
 
-@router.get("/health/ready")
-async def ready(request: Request) -> dict[str, bool]:
+@router.get("/health/ready", responses=openapi.errors("not_ready"))
+async def ready(request: Request) -> Ready:
     """As /readyz."""
     service_of(request).check_ready()
-    return {"ready": True}
+    return Ready()
 
 
-@router.get("/models/{name}")
-@router.get("/models/{name}/versions/{version}")
-async def metadata(model: Named) -> dict[str, Any]:
+@router.get("/models/{name}", responses=_OF_MODELS)
+@router.get("/models/{name}/versions/{version}", responses=_OF_MODELS)
+async def metadata(model: Named) -> Metadata:
     """A model's tensors."""
-    return {
-        "name": model.name,
-        "versions": [_version(model.classifier)],
-        "platform": model.platform,
-        "inputs": [_described(spec) for spec in model.inputs],
-        "outputs": [_described(spec) for spec in model.outputs],
-    }
+    return Metadata(
+        name=model.name,
+        versions=(_version(model.classifier),),
+        platform=model.platform,
+        inputs=[_described(spec) for spec in model.inputs],
+        outputs=[_described(spec) for spec in model.outputs],
+    )
 
 
-@router.get("/models/{name}/config")
-@router.get("/models/{name}/versions/{version}/config")
-async def config(request: Request, model: Named) -> dict[str, Any]:
+@router.get("/models/{name}/config", responses=_OF_MODELS)
+@router.get("/models/{name}/versions/{version}/config", responses=_OF_MODELS)
+async def config(request: Request, model: Named) -> Config:
     """The same as Triton's model configuration has it: without the first dimension, whose limit is max_batch_size."""
-    return {
-        "name": model.name,
-        "platform": model.platform,
-        "max_batch_size": service_of(request).settings.max_images_per_request,
-        "input": [_configured(spec) | {"optional": model.alternatives} for spec in model.inputs],
-        "output": [_configured(spec) for spec in model.outputs],
-    }
+    return Config(
+        name=model.name,
+        platform=model.platform,
+        max_batch_size=service_of(request).settings.max_images_per_request,
+        input=[ConfiguredInput(**_configured(spec), optional=model.alternatives) for spec in model.inputs],
+        output=[ConfiguredOutput(**_configured(spec)) for spec in model.outputs],
+    )
 
 
-@router.get("/models/{name}/ready")
-@router.get("/models/{name}/versions/{version}/ready")
-async def model_ready(request: Request, model: Named) -> dict[str, Any]:
+@router.get("/models/{name}/ready", responses=_OF_MODELS)
+@router.get("/models/{name}/versions/{version}/ready", responses=_OF_MODELS)
+async def model_ready(request: Request, model: Named) -> ModelReady:
     """Whether the model's engines run."""
     service_of(request).check_ready(model.members)
-    return {"name": model.name, "ready": True}
+    return ModelReady(name=model.name)
 
 
-@router.post("/repository/index")
-async def index(request: Request) -> list[dict[str, str]]:
+@router.post("/repository/index", responses=openapi.errors("not_ready"))
+async def index(request: Request) -> list[Indexed]:
     """Every model."""
     service = service_of(request)
     classifier = service.classifier
     down = classifier.scheduler.down
     return [
-        {
-            "name": model.name,
-            "version": _version(classifier),
-            "state": "UNAVAILABLE" if down.keys() & {*model.members} else "READY",
-            "reason": "; ".join(down[member] for member in model.members if member in down),
-        }
+        Indexed(
+            name=model.name,
+            version=_version(classifier),
+            state="UNAVAILABLE" if down.keys() & {*model.members} else "READY",
+            reason="; ".join(down[member] for member in model.members if member in down),
+        )
         for model in models.all_models(classifier, service.settings)
     ]
 
 
-@router.post("/models/{name}/infer")
-@router.post("/models/{name}/versions/{version}/infer")
+@router.post(
+    "/models/{name}/infer", response_model=None, responses={200: _INFERRED, **_OF_INFER}, openapi_extra=REQUEST_BODY
+)
+@router.post(
+    "/models/{name}/versions/{version}/infer",
+    response_model=None,
+    responses={200: _INFERRED, **_OF_INFER},
+    openapi_extra=REQUEST_BODY,
+)
 async def infer(
     request: Request,
     model: Named,
     seconds: Timeout = None,
-    header_length: Annotated[str | None, Header(alias=HEADER_LENGTH)] = None,
+    header_length: HeaderLength = None,
 ) -> Response:
     """Run a model. The body is described in tensors.py."""
     service = service_of(request)
@@ -233,8 +274,8 @@ def _version(classifier: Classifier) -> str:
     return classifier.bundle.manifest.version
 
 
-def _described(spec: Spec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
+def _described(spec: Spec) -> Tensor:
+    return Tensor(name=spec.name, datatype=spec.datatype, shape=spec.shape)
 
 
 def _configured(spec: Spec) -> dict[str, Any]:

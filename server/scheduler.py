@@ -1,24 +1,28 @@
 """Continuous batching of views: the threads, the clock and the engines around the decisions in dispatch.py.
 
 Nothing polls. A worker sleeps until there is something to run; a batch starts when a worker is free and views are
-waiting, so batches fill by themselves under load.
+waiting, so batches fill by themselves under load. New work wakes one worker, and a worker that leaves work behind wakes
+the next: a thread that is woken in vain costs as much as many a small thing that it could do.
 
 When a run fails, the engine is asked for a view that it has answered before. If it does, the images are to blame, and
 are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while other
 members' work goes on. If it can't be opened, what waits for it fails, and it is tried again later.
+
+A run that does not end (hangs.py) can't be stopped: what waits for that engine fails, and nothing more is given to it.
 """
 
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.server.dispatch import Batch, Dispatcher, Job, Tally
+from resnet_ensemble.server.hangs import Run, Runs
 from resnet_ensemble.server.plan import Plan
 from resnet_ensemble.server.stopping import SLACK, StopRule
 
@@ -29,6 +33,10 @@ _FIRST_DELAY, _LONGEST_DELAY = 1.0, 30.0  # seconds between attempts to open an 
 
 class EngineFailure(Exception):
     """A member's engine failed on this image even when it was run alone."""
+
+
+class EngineHung(Exception):
+    """A member's engine does not end a run."""
 
 
 class Observer:
@@ -43,6 +51,9 @@ class Observer:
     def restarted(self, member: int) -> None:
         """A member's engine was opened anew."""
 
+    def hung(self, member: int) -> None:
+        """A member's engine does not end a run."""
+
 
 class Scheduler:
     """Runs jobs on one engine a member.
@@ -50,6 +61,7 @@ class Scheduler:
     - classes, streams, batch_pixels, max_wait: as in Dispatcher
     - probes: of each member, views uint8 (n, h, w, 3) that a sound engine answers
     - reopen: opens a member's engine anew; without it, an engine that dies stays dead
+    - run_limit: seconds after which a run hangs (hangs.py)
     """
 
     def __init__(
@@ -62,6 +74,7 @@ class Scheduler:
         max_wait: float,
         probes: Sequence[NDArray[np.uint8]],
         reopen: Callable[[int], Engine],
+        run_limit: float = 60.0,
         observer: Observer | None = None,
     ) -> None:
         self._engines = list(engines)
@@ -70,94 +83,142 @@ class Scheduler:
         self._open = reopen
         self._observer = observer or Observer()
         self._decide = Dispatcher(classes=classes, streams=streams, batch_pixels=batch_pixels, max_wait=max_wait)
-        self._changed = threading.Condition()  # guards everything below and the decisions
+        self._lock = threading.Lock()  # guards everything below and the decisions
+        self._work_waits = threading.Condition(self._lock)
+        self._run_ended = threading.Condition(self._lock)  # for who waits until an engine is not used any more
         self._running: Counter[int] = Counter()  # batches on each member's engine
         self._down: dict[int, str] = {}  # members whose engine is being opened anew, and why it has not succeeded yet
-        self._closing = threading.Event()
+        self._runs: Runs[Batch] = Runs(run_limit)  # by the thread that runs it
+        self._hung: dict[Hashable, Run[Batch]] = {}  # of these, the overdue, when they were looked at last
+        self._look_every = run_limit / 4  # seconds
+        self._closing, self._closed = threading.Event(), threading.Event()
         self._reopening: list[threading.Thread] = []
         self._workers = [threading.Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(streams)]
-        for worker in self._workers:
-            worker.start()
+        self._watcher = threading.Thread(target=self._watch, name="engine-watcher", daemon=True)
+        for thread in (*self._workers, self._watcher):
+            thread.start()
 
     @property
     def engines(self) -> list[Engine]:
         """Of each member, the one that is used now."""
-        with self._changed:
+        with self._lock:
             return list(self._engines)
 
     @property
     def down(self) -> dict[int, str]:
-        """Members whose engine has died and is not back, with what went wrong when it was last opened, or ""."""
-        with self._changed:
-            return dict(self._down)
+        """Members whose engine has died and is not back, with what went wrong when it was last opened, or "".
+
+        And those whose engine hangs.
+        """
+        with self._lock:
+            return self._down | {run.what.member: "it does not end a run" for run in self._hung.values()}
+
+    @property
+    def hung(self) -> set[int]:
+        """Members whose engine does not end a run."""
+        with self._lock:
+            return {run.what.member for run in self._hung.values()}
 
     def predicted_wait(self) -> float:
         """Seconds until everything admitted so far is done, from the measured cost of a view."""
-        with self._changed:
+        with self._lock:
             return self._decide.predicted_wait()
 
     def unfinished_views(self) -> int:
         """Views of admitted images that have no result and have not been saved by a stop rule."""
-        with self._changed:
+        with self._lock:
             return self._decide.unfinished_views
 
     def waiting_views(self) -> int:
         """Views that could be run now if an engine were free."""
-        with self._changed:
+        with self._lock:
             return self._decide.waiting_views
 
     def check(self, deadline: float) -> None:
         """Raise Overloaded if an image that came now, to be answered by then, would not be taken."""
-        with self._changed:
+        with self._lock:
             self._decide.check(time.monotonic(), deadline, 1, 0.0)
 
     def admit(self, plan: Plan, rule: StopRule, images: int = 1, *, deadline: float) -> list[Job]:
         """Reserve room for a request's images, all or none. Raises Overloaded. `deadline`: of time.monotonic()."""
-        with self._changed:
+        with self._lock:
             return self._decide.admit(time.monotonic(), deadline, plan, rule, images)
 
     def submit(self, job: Job, blocks: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
         """Queue an admitted image's views: of each member, uint8 (views, h, w, 3) a block. Its future is set later."""
-        with self._changed:
+        with self._lock:
             self._decide.submit(time.monotonic(), job, blocks)
-            self._changed.notify_all()
+            self._work_waits.notify()
 
     def release(self, job: Job) -> None:
         """Forget a job: its waiting views leave the queues and its room is free. Without effect on a finished one."""
         if not job.active:  # as most are: then the event loop does not wait for the workers' lock
             return
-        with self._changed:
+        with self._lock:
             released = self._decide.release(job)
         if released and job.future.cancel():
             job.future.set_running_or_notify_cancel()  # wakes whoever waits for it
 
     def fail(self, job: Job, error: Exception) -> None:
         """Answer a job with an error. Without effect on a finished one."""
-        with self._changed:
+        with self._lock:
             released = self._decide.release(job)
         if released and job.future.set_running_or_notify_cancel():
             job.future.set_exception(error)
 
     def close(self) -> None:
-        """Run what is queued, then stop the workers."""
+        """Run what is queued, then stop the workers. What hangs is not waited for."""
         self._closing.set()
-        with self._changed:
-            self._changed.notify_all()
-        for worker in self._workers:
-            worker.join()
-        for thread in list(self._reopening):
-            thread.join()
+        with self._lock:
+            self._work_waits.notify_all()
+        for thread in (*self._workers, *self._reopening):
+            while thread.is_alive() and not self._waits_for_ever(thread):
+                thread.join(self._look_every)
+        self._closed.set()
+        self._watcher.join()
+
+    def _waits_for_ever(self, thread: threading.Thread) -> bool:
+        with self._lock:
+            return thread.ident in self._hung or any(
+                thread.name == f"reopen-{run.what.member}" for run in self._hung.values()
+            )
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._look_every):
+            self._look()
+
+    def _look(self) -> None:
+        """Give up what waits for an engine that hangs."""
+        with self._lock:
+            overdue = self._runs.overdue(time.monotonic())
+            fresh = [run.what.member for key, run in overdue.items() if key not in self._hung]
+            self._hung = overdue
+            waiting = [part.job for run in overdue.values() for part in run.what.parts]
+            waiting = [job for job in waiting if self._decide.release(job)]
+            for member in {run.what.member for run in overdue.values()}:
+                self._decide.pause(member)
+                waiting += self._decide.give_up(member)
+            if overdue:
+                self._work_waits.notify_all()
+        for member in fresh:
+            log.critical("the engine of member %d does not end a run: restart this process", member)
+            self._observer.hung(member)
+        self._give_up(waiting, EngineHung())
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while (batch := self._decide.next(time.monotonic())) is None:
-                    if self._closing.is_set() and not self._decide.waiting_views and not self._running.total():
-                        self._changed.notify_all()
+                    running = self._running.total() - len(self._hung)
+                    if self._closing.is_set() and not self._decide.waiting_views and not running:
+                        self._work_waits.notify_all()
                         return
-                    self._changed.wait()
+                    self._work_waits.wait()
                 engine = self._engines[batch.member]
                 self._running[batch.member] += 1
+                self._runs.begin(threading.get_ident(), batch, batch.seconds, time.monotonic())
+                if self._decide.waiting_views:
+                    self._work_waits.notify()
             self._run(batch, engine)
 
     def _run(self, batch: Batch, engine: Engine) -> None:
@@ -172,7 +233,7 @@ class Scheduler:
             self._on_failure(batch, engine, error)
             return
         now = time.monotonic()
-        with self._changed:
+        with self._lock:
             jobs = self._decide.done(batch, probabilities, now - formed)
             self._finished(batch)
         for job in jobs:
@@ -182,9 +243,15 @@ class Scheduler:
         self._observer.batch(batch.member, len(views), formed - began, now - formed)
 
     def _finished(self, batch: Batch) -> None:
-        """Called with the lock held."""
+        """Called by its worker, with the lock held."""
         self._running[batch.member] -= 1
-        self._changed.notify_all()
+        self._runs.end(threading.get_ident())
+        if self._hung.pop(threading.get_ident(), None):
+            log.warning("the engine of member %d has ended its run after all", batch.member)
+            if batch.member not in self._down | {run.what.member: "" for run in self._hung.values()}:
+                self._decide.resume(batch.member)
+                self._work_waits.notify_all()
+        self._run_ended.notify_all()
 
     def _check(self, probabilities: NDArray[np.float32], views: int) -> None:
         """Refuse what is no list of probabilities; stopping.py relies on their range."""
@@ -195,10 +262,10 @@ class Scheduler:
 
     def _on_failure(self, batch: Batch, engine: Engine, error: Exception) -> None:
         member = batch.member
-        with self._changed:
+        with self._lock:
             dead = self._engines[member] is not engine or member in self._down
         dead = dead or not self._sound(member, engine)
-        with self._changed:
+        with self._lock:
             beside = self._engines[member] is not engine or member in self._down
             if dead and not beside:
                 log.error("the engine of member %d died: %s: %s", member, type(error).__name__, error)
@@ -222,9 +289,9 @@ class Scheduler:
         return True
 
     def _reopen(self, member: int) -> None:
-        with self._changed:
+        with self._lock:
             while self._running[member]:
-                self._changed.wait()
+                self._run_ended.wait()
             dead = self._engines[member]
         try:
             dead.close()
@@ -235,12 +302,12 @@ class Scheduler:
             if self._closing.wait(delay):
                 return
             delay = min(2 * delay, _LONGEST_DELAY)
-        with self._changed:
+        with self._lock:
             self._engines[member] = fresh
             del self._down[member]
             self._decide.resume(member)
             self._reopening.remove(threading.current_thread())
-            self._changed.notify_all()
+            self._work_waits.notify_all()
         log.warning("the engine of member %d was opened anew", member)
         self._observer.restarted(member)
 
@@ -251,15 +318,16 @@ class Scheduler:
             self._check(fresh.run(self._probes[member]), len(self._probes[member]))
         except Exception as error:
             log.exception("the engine of member %d can't be opened anew", member)
-            with self._changed:
+            with self._lock:
                 self._down[member] = f"{type(error).__name__}: {error}"
                 waiting = self._decide.give_up(member)
-                self._changed.notify_all()
+                self._work_waits.notify_all()
             self._give_up(waiting, error)
             return None
         return fresh
 
     def _give_up(self, jobs: Sequence[Job], error: Exception) -> None:
+        told = error if isinstance(error, EngineHung) else EngineFailure(f"{type(error).__name__}: {error}")
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(EngineFailure(f"{type(error).__name__}: {error}"))
+                job.future.set_exception(told)

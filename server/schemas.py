@@ -8,6 +8,7 @@ from resnet_ensemble.export.bundle import Measured
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.server.costs import Cost
 from resnet_ensemble.server.errors import Problem
+from resnet_ensemble.server.openapi import NotNull
 from resnet_ensemble.server.stopping import CALIBRATED, RULES
 from resnet_ensemble.training.views import ALL_PROTOCOLS, Preprocessing
 
@@ -25,10 +26,11 @@ class Options(BaseModel):
 
     top_k: Annotated[int, Field(ge=1, le=1000, description="How many classes to answer, most probable first")] = 5
     protocol: Annotated[
-        ProtocolName | None, Field(description="Which views to average; the server's own by default")
+        ProtocolName | None, NotNull(), Field(description="Which views to average; the server's own by default")
     ] = None
     stop: Annotated[
         StopRuleName | None,
+        NotNull(),
         Field(
             description="When to stop: after all views, as soon as no remaining view can change the most probable "
             "class, or as soon as that is unlikely enough; the server's own by default"

@@ -77,6 +77,11 @@ class Service:
         if down:
             raise self._not_ready(down)
 
+    def check_alive(self) -> None:
+        """Raise ApiError("not_ready") if an engine hangs, which only another process can help."""
+        if self._serving and (hung := self.classifier.scheduler.hung):
+            raise self._not_ready(dict.fromkeys(hung, ""))
+
     def check_able(self, members: Sequence[int] | None = None) -> None:
         """Raise ApiError("not_ready") if an engine that died could not be opened anew.
 
@@ -92,9 +97,15 @@ class Service:
 
     def _not_ready(self, down: dict[int, str]) -> ApiError:
         members = self.classifier.bundle.manifest.members
-        named = ", ".join(members[member].name for member in down)
-        reasons = "".join(f"; it failed with {reason}" for reason in down.values() if reason)
-        return ApiError("not_ready", f"the engine of {named} died and is being opened anew{reasons}", retry_after=1)
+        hung = self.classifier.scheduler.hung
+        told = []
+        for member, reason in down.items():
+            if member in hung:
+                happens = "does not end a run: this process must be restarted"
+            else:
+                happens = "died and is being opened anew" + (f"; it failed with {reason}" if reason else "")
+            told.append(f"the engine of {members[member].name} {happens}")
+        return ApiError("not_ready", "; ".join(told), retry_after=1)
 
     async def start(self) -> None:
         """Begin to load; the server is alive meanwhile, but not ready."""

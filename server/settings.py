@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     """When an image is done where a request does not say it: after all views, or once its class is certain."""
     timeout_seconds: float = Field(default=300.0, gt=0, le=3600)
     """How long an answer may take where a request has no X-Request-Timeout; then it is 504."""
+    engine_timeout_seconds: float = Field(default=60.0, gt=0)
+    """How long an engine may run, or 20 times as long as planned if that is more; then it hangs, as /livez tells."""
     max_wait_seconds: float = Field(default=10.0, gt=0)
     """Predicted wait in the queue above which new requests are answered with 503."""
     max_request_bytes: int = Field(default=100 * 2**20, ge=1)

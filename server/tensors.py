@@ -94,7 +94,7 @@ class _Output(_Part):
     parameters: _OutputParameters = _OutputParameters()
 
 
-class _Header(_Part):
+class Header(_Part):
     """The JSON object."""
 
     id: StrictStr | None = None
@@ -144,7 +144,7 @@ def decode(
             f"JSON, with binary_data_size and {HEADER_LENGTH}",
         )
     try:
-        header = _Header.model_validate_json(bytes(memoryview(body)[:end]))
+        header = Header.model_validate_json(bytes(memoryview(body)[:end]))
     except ValidationError as error:
         raise _invalid(error) from None
     binary = memoryview(body)[end:]
@@ -306,7 +306,7 @@ def _unpack(content: memoryview, count: int, spec: Spec) -> list[bytes]:
     return elements
 
 
-def _wanted(header: _Header, specs: Sequence[Spec]) -> list[Wanted]:
+def _wanted(header: Header, specs: Sequence[Spec]) -> list[Wanted]:
     default = header.parameters.binary_data_output
     if not header.outputs:
         return [Wanted(spec, default) for spec in specs]

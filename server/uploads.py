@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from resnet_ensemble.server.errors import ApiError
@@ -22,7 +23,7 @@ class Upload:
     """What a request brought.
 
     - images: encoded bytes, or the error that only this image has, in the order of the request
-    - filenames: as sent, one an image
+    - filenames: as sent, one an image; None where it has none
     - fields: the form's other fields
     """
 
@@ -33,6 +34,9 @@ class Upload:
 
 async def read(request: Request, settings: Settings) -> Upload:
     """Read and sort a request's body. Raises ApiError."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise ApiError("unsupported_media_type", f"the content encoding is {encoding[:100]!r}; send images as they are")
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type == "multipart/form-data":
         return await _read_form(request, settings)
@@ -50,28 +54,63 @@ async def _read_raw(request: Request, settings: Settings) -> bytes:
     return bytes(content)
 
 
+class _Parser(MultiPartParser):
+    """Takes a part for a file also where only its content type says so: RFC 7578 does not ask for a file name.
+
+    And refuses a form that is cut off, of which Starlette's parser leaves out the last part, and says nothing.
+    """
+
+    _complete = True
+
+    def on_headers_finished(self) -> None:
+        self._complete = False
+        part = self._current_part
+        disposition = part.content_disposition or b""
+        typed = any(name == b"content-type" and not value.startswith(b"text/") for name, value in part.item_headers)
+        _, options = parse_options_header(disposition)
+        if typed and b"filename" not in options:
+            part.content_disposition = disposition + b'; filename=""'
+        super().on_headers_finished()
+
+    def on_end(self) -> None:
+        self._complete = True
+
+    async def parse(self) -> FormData:
+        form = await super().parse()
+        if not self._complete:
+            for file in self._files_to_close_on_error:
+                file.close()
+            raise MultiPartException("the form is cut off: its last boundary is missing")
+        return form
+
+
 async def _read_form(request: Request, settings: Settings) -> Upload:
     upload = Upload([], [])
     try:
-        async with request.form(max_files=_MAX_PARTS, max_fields=_MAX_PARTS) as form:
-            for name, value in form.multi_items():
-                if name == FIELD and isinstance(value, UploadFile):
-                    if len(upload.images) == settings.max_images_per_request:
-                        raise ApiError(
-                            "too_many_images", f"at most {settings.max_images_per_request} images fit into one request"
-                        )
-                    upload.images.append(await _part(value, settings))
-                    upload.filenames.append(value.filename)
-                elif name == FIELD:
-                    raise ApiError("missing_image", f"the part {FIELD} is text, not a file; {HINT}")
-                elif isinstance(value, UploadFile):
-                    raise ApiError("invalid_option", f"no file part is named {name!r}: name it {FIELD!r}; {HINT}")
-                elif name in upload.fields:
-                    raise ApiError("invalid_option", f"{name} is given twice")
-                else:
-                    upload.fields[name] = value
-    except HTTPException as error:  # Starlette's parser says 400
-        raise ApiError("malformed_request", str(error.detail)) from None
+        form = await _Parser(request.headers, request.stream(), max_files=_MAX_PARTS, max_fields=_MAX_PARTS).parse()
+    except MultiPartException as error:
+        raise ApiError("malformed_request", error.message) from None
+    except UnicodeError as error:  # some of the charsets that a stranger can name fail on anything
+        raise ApiError("malformed_request", f"the form is not in the charset that it says: {error}") from None
+    try:
+        for name, value in form.multi_items():
+            if name == FIELD and isinstance(value, UploadFile):
+                if len(upload.images) == settings.max_images_per_request:
+                    raise ApiError(
+                        "too_many_images", f"at most {settings.max_images_per_request} images fit into one request"
+                    )
+                upload.images.append(await _part(value, settings))
+                upload.filenames.append(value.filename or None)
+            elif name == FIELD:
+                raise ApiError("missing_image", f"the part {FIELD} is text, not a file; {HINT}")
+            elif isinstance(value, UploadFile):
+                raise ApiError("invalid_option", f"no file part is named {name!r}: name it {FIELD!r}; {HINT}")
+            elif name in upload.fields:
+                raise ApiError("invalid_option", f"{name} is given twice")
+            else:
+                upload.fields[name] = value
+    finally:
+        await form.close()
     if not upload.images:
         raise ApiError("missing_image", f"the form has no part {FIELD}; {HINT}")
     return upload

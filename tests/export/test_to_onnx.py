@@ -14,7 +14,7 @@ from resnet_ensemble.export import quantize, to_onnx, weights
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.training import augment
 from resnet_ensemble.training.checkpoint import Checkpoint, Epoch
-from resnet_ensemble.training.model import cifar, parameter_count
+from resnet_ensemble.training.model import cifar, multiply_adds, parameter_count
 from resnet_ensemble.training.recipes import RECIPES
 
 RECIPE = replace(RECIPES["resnet20-cifar10"], depth=8, epochs=1)
@@ -119,6 +119,7 @@ def test_an_exported_bundle_is_complete(saved: Checkpoint, tmp_path: Path) -> No
     (member,) = bundle.manifest.members
     (measured,) = member.measured
     assert (member.name, member.parameters) == ("resnet8", parameter_count(cifar(8)))
+    assert member.multiply_adds == multiply_adds(cifar(8), 32)
     assert (measured.protocol, measured.images, measured.top1_error) == ("center", 5000, 55.0)
     assert all(sum(g.probabilities["resnet8"]) == pytest.approx(1, abs=1e-5) for g in bundle.manifest.golden)
     bundle.read(member)

@@ -18,7 +18,7 @@ from resnet_ensemble.server.errors import KINDS
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import Settings
 from tests.conftest import wait_until_ready
-from tests.server.test_refusals import assert_problem
+from tests.server.test_refusals import Gate, assert_problem
 
 Png = Callable[..., bytes]
 Serve = Callable[..., Any]
@@ -186,6 +186,29 @@ def test_an_engine_that_can_not_be_opened_anew_closes_the_door(pair: Bundle, png
         assert_problem(client.post("/predict", content=png(), headers=RAW), "engine_failure")
         refused = assert_problem(client.post("/predict", content=png(), headers=RAW), "not_ready")
         assert "resnet32 died and is being opened anew; it failed with OSError: no device" in refused["detail"]
+
+
+def test_a_hung_engine_is_told_by_liveness_and_to_whom_it_concerns(serve: Serve, png: Png) -> None:
+    gate = Gate()
+    with serve(gate, streams=1, engine_timeout_seconds=0.5) as client:
+        gate.open.clear()
+        refused = assert_problem(client.post("/predict", content=png(), headers=RAW), "not_ready")
+        assert "must be restarted" in refused["detail"]
+        alive, ready = (assert_problem(client.get(path), "not_ready")["detail"] for path in ("/livez", "/readyz"))
+        hung, other = ("resnet20", "resnet32") if "resnet20" in alive else ("resnet32", "resnet20")
+        assert alive == ready == f"the engine of {hung} does not end a run: this process must be restarted"
+        assert_problem(client.post("/predict", content=png(), headers=RAW), "not_ready")
+        assert client.get("/v2/health/live").status_code == 503
+        assert client.get(f"/v2/models/cifar10-{hung}/ready").status_code == 503
+        assert client.get(f"/v2/models/cifar10-{other}/ready").status_code == 200
+        text = client.get("/metrics").text
+        assert f'resnet_engine_hangs_total{{member="{hung}"}} 1.0' in text
+        assert "resnet_ready 0.0" in text
+
+        gate.open.set()
+        wait_until_ready(client)
+        assert client.get("/livez").status_code == 200
+        assert client.post("/predict", content=png(), headers=RAW).status_code == 200
 
 
 def test_the_event_loop_goes_on_while_decoders_and_engines_are_stuck(

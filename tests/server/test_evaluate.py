@@ -1,19 +1,24 @@
 import asyncio
+import io
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.bundle import Bundle, write
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import evaluate
 from resnet_ensemble.server.classifier import load
+from resnet_ensemble.server.drawing import draw
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.training import cifar
+from resnet_ensemble.training.views import block_pixels
 
 Png = Callable[..., bytes]
 
@@ -33,6 +38,7 @@ def test_errors_of_ensemble_and_members_are_counted(png: Png, pair: Bundle) -> N
     assert (result.views_used, result.views_planned, result.cost, result.agreement) == (4, 4, 1.0, None)
     assert result.members == {member.name: 25.0 for member in pair.manifest.members}
     assert result.images_per_second > 0
+    assert result.multiply_adds == 2 * sum(member.multiply_adds or 0 for member in pair.manifest.members) > 0
 
 
 def test_every_protocol_is_evaluated_with_every_stop_rule_and_compared_with_all_views(png: Png, pair: Bundle) -> None:
@@ -52,6 +58,9 @@ def test_every_protocol_is_evaluated_with_every_stop_rule_and_compared_with_all_
     assert exact.ensemble == full.ensemble == pytest.approx(100 / 3)
     assert exact.views_used < full.views_used == exact.views_planned == 20
     assert exact.cost < full.cost == 1
+    assert full.multiply_adds is not None
+    assert exact.multiply_adds is not None
+    assert 0.5 * full.multiply_adds <= exact.multiply_adds < full.multiply_adds
 
 
 def test_a_part_of_the_images_has_all_labels() -> None:
@@ -101,8 +110,8 @@ def test_a_recorded_result_replaces_an_older_one(pair: Bundle, tmp_path: Path) -
 
     for error in (9.0, 8.0):
         members = dict.fromkeys(names, error + 2)
-        full = evaluate.Score("flip", "full", 7, error, members, None, 4.0, 4, 1.0, 1.0)
-        exact = evaluate.Score("flip", "exact", 7, 1.0, None, 100.0, 3.0, 4, 0.6, 1.0)
+        full = evaluate.Score("flip", "full", 7, error, members, None, 4.0, 4, 1.0, 1.0, None)
+        exact = evaluate.Score("flip", "exact", 7, 1.0, None, 100.0, 3.0, 4, 0.6, 1.0, None)
         evaluate.record(Bundle.open(bundle.path), [full, exact], "D", "val")
 
     after = Bundle.open(bundle.path).manifest
@@ -114,13 +123,46 @@ def test_a_recorded_result_replaces_an_older_one(pair: Bundle, tmp_path: Path) -
 
 def test_the_table_has_a_row_for_each_protocol_and_stop_rule() -> None:
     members = {"a": 9.0, "b": 10.0}
-    full = evaluate.Score("10crop", "full", 5000, 8.0, members, None, 20.0, 20, 1.0, 123.4)
-    exact = evaluate.Score("10crop", "exact", 5000, 8.0, None, 100.0, 11.53, 20, 0.512, 234.5)
+    full = evaluate.Score("10crop", "full", 5000, 8.0, members, None, 20.0, 20, 1.0, 123.4, 2.2e9)
+    exact = evaluate.Score("10crop", "exact", 5000, 8.0, None, 100.0, 11.53, 20, 0.512, 234.5, None)
 
     lines = evaluate.table([full, exact]).splitlines()
 
-    assert lines[0] == ("| protocol | stop | a | b | ensemble (95 % interval) | agreement | views | cost | images/s |")
+    assert lines[0] == (
+        "| protocol | stop | a | b | ensemble (95 % interval) | agreement | views | multiply-adds | cost | images/s |"
+    )
     error = "**8.00 %** (7.28 to 8.78)"
-    assert lines[2] == f"| 10crop | full | 9.00 % | 10.00 % | {error} |  | 20.0 of 20 | 1.00 | 123 |"
-    assert lines[3] == f"| 10crop | exact |  |  | {error} | 100.00 % | 11.5 of 20 | 0.51 | 234 |"
+    assert lines[2] == f"| 10crop | full | 9.00 % | 10.00 % | {error} |  | 20.0 of 20 | 2,200 M | 1.00 | 123 |"
+    assert lines[3] == f"| 10crop | exact |  |  | {error} | 100.00 % | 11.5 of 20 |  | 0.51 | 234 |"
     assert len(lines) == 4
+
+
+def test_dense_views_cost_as_their_pixels(png: Png, pair: Bundle) -> None:
+    classifier = load(Settings(bundle=pair.path), Metrics(), lambda *_: FakeEngine(10))
+    try:
+        center, dense = asyncio.run(evaluate.evaluate_all(classifier, [(png(0), 0)], ["center", "dense"], ["full"]))
+    finally:
+        classifier.close()
+
+    (pixels,) = block_pixels(pair.manifest.members[0].preprocessing, "dense")
+    assert center.multiply_adds is not None
+    assert dense.multiply_adds == pytest.approx(2 * center.multiply_adds * pixels / 32**2)
+
+
+def test_the_plot_has_every_score_and_the_same_scores_give_the_same_bytes() -> None:
+    full = evaluate.Score("10crop", "full", 5000, 8.0, None, None, 20.0, 20, 1.0, 123.4, 2.2e9)
+    scores = [full, replace(full, stop="exact", multiply_adds=1.2e9), replace(full, protocol="dense")]
+
+    drawn = draw(scores, "cifar10")
+
+    with Image.open(io.BytesIO(drawn)) as image:
+        assert image.format == "PNG"
+    assert draw(scores, "cifar10") == drawn != draw(scores[:2], "cifar10")
+
+
+def test_a_bundle_without_multiply_adds_is_evaluated_without_them(png: Png, pair: Bundle, tmp_path: Path) -> None:
+    members = tuple(member.model_copy(update={"multiply_adds": None}) for member in pair.manifest.members)
+    shutil.copytree(pair.path, tmp_path / "b")
+    old = write(tmp_path / "b", pair.manifest.model_copy(update={"members": members}), {})
+
+    assert score(old, [(png(0), 0)]).multiply_adds is None

@@ -24,10 +24,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def process(**variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+def process(module: str = "resnet_ensemble.server", **variables: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     port = free_port()
     environment = {**os.environ, "RESNET_PORT": str(port), **variables}
-    command = [sys.executable, "-m", "resnet_ensemble.server"]
+    command = [sys.executable, "-m", module]
     running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         yield running, f"http://127.0.0.1:{port}"

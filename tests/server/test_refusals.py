@@ -1,5 +1,6 @@
 """Every answer of the HTTP interface that is not a prediction."""
 
+import gzip
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -110,6 +111,45 @@ def test_an_option_in_the_query_counts_over_one_in_the_form(client: TestClient, 
 
 def test_an_option_given_twice_in_the_form_is_refused(client: TestClient, png: Png) -> None:
     assert_problem(client.post("/predict", files={"image": png()}, data={"top_k": ["1", "2"]}), "invalid_option")
+
+
+def test_an_option_given_twice_in_the_query_is_refused(client: TestClient, png: Png) -> None:
+    response = client.post("/predict?top_k=1&top_k=2", content=png(), headers=RAW)
+
+    assert "twice" in assert_problem(response, "invalid_option")["detail"]
+
+
+def test_an_image_needs_no_file_name(client: TestClient, png: Png) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="image"\r\nContent-Type: image/png\r\n\r\n'
+    boundary = {"Content-Type": "multipart/form-data; boundary=x"}
+
+    response = client.post("/predict", content=head + png(255) + b"\r\n--x--\r\n", headers=boundary)
+
+    assert response.json()["label"] == "truck"
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_form_that_is_cut_off_is_refused_whole(client: TestClient, png: Png, images: int) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + png() + b"\r\n"
+    boundary = {"Content-Type": "multipart/form-data; boundary=x"}
+
+    for content in (part * images, (part * images)[:-20]):
+        problem = assert_problem(client.post("/predict", content=content, headers=boundary), "malformed_request")
+        assert "cut off" in problem["detail"]
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode"])
+def test_a_charset_that_nothing_is_written_in_is_refused(client: TestClient, png: Png, charset: str) -> None:
+    content = b'--x\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n\xff1\r\n--x--\r\n'
+    header = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+
+    assert_problem(client.post("/predict", content=content, headers=header), "malformed_request")
+
+
+def test_a_compressed_image_is_told_to_come_as_it_is(client: TestClient, png: Png) -> None:
+    response = client.post("/predict", content=gzip.compress(png()), headers=RAW | {"Content-Encoding": "gzip"})
+
+    assert "'gzip'" in assert_problem(response, "unsupported_media_type")["detail"]
 
 
 def test_a_form_without_an_image_is_told_its_name(client: TestClient, png: Png) -> None:

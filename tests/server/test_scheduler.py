@@ -17,8 +17,8 @@ from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.admission import Overloaded
 from resnet_ensemble.server.dispatch import Job
-from resnet_ensemble.server.plan import Plan, cheapest_first
-from resnet_ensemble.server.scheduler import EngineFailure, Observer, Scheduler
+from resnet_ensemble.server.plan import Plan, Stage, cheapest_first
+from resnet_ensemble.server.scheduler import EngineFailure, EngineHung, Observer, Scheduler
 from resnet_ensemble.server.stopping import RULES, SLACK, StopRule
 
 CLASSES = 10
@@ -398,6 +398,42 @@ def test_closing_does_not_wait_for_an_engine_that_does_not_come_back() -> None:
 
         with pytest.raises(EngineFailure, match="no device"):
             job.future.result(0)
+
+
+def test_what_waits_for_an_engine_that_hangs_is_given_up_and_others_go_on() -> None:
+    gate, other = Gate(), FakeEngine(CLASSES)
+    with scheduler(gate, other, streams=2, run_limit=0.05) as running:
+        stuck = busy(running, gate)
+        until(lambda: running.hung)
+        late = submit(running, 0, members=2)
+
+        for job in (stuck, late):
+            with pytest.raises(EngineHung):
+                job.future.result(10)
+        assert (running.hung, running.down) == ({0}, {0: "it does not end a run"})
+        assert running.unfinished_views() == 0
+
+        (alone,) = running.admit(plan(), FULL, deadline=time.monotonic() + 1e6)
+        alone.plan = Plan("views", (Stage(member=1, block=0, first=0, views=10, seconds=0.001),))
+        running.submit(alone, [[], [views(255)]])
+        assert alone.future.result(10).views.tolist() == [0, 10]
+
+        gate.open.set()
+        until(lambda: not running.hung)
+        assert running.down == {}
+        assert submit(running, 0, members=2).future.result(10).views.tolist() == [10, 10]
+
+
+def test_closing_does_not_wait_for_a_run_that_hangs() -> None:
+    gate = Gate()
+    with scheduler(gate, run_limit=0.05) as running:
+        job = busy(running, gate)
+        running.close()
+
+        assert running.hung == {0}
+        with pytest.raises(EngineHung):
+            job.future.result(0)
+        gate.open.set()
 
 
 def test_an_image_that_kills_every_engine_fails_alone() -> None:

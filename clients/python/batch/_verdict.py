@@ -59,7 +59,12 @@ def _known(error: ResnetError) -> Verdict | Literal["timeout", "lost", "failed"]
 
 
 def _of_status(error: StatusError) -> Verdict | Literal["timeout", "failed"]:
-    if isinstance(error, AuthenticationError) or error.code in ("not_found", "method_not_allowed", "invalid_option"):
+    if isinstance(error, AuthenticationError) or error.code in (
+        "not_found",
+        "method_not_allowed",
+        "invalid_option",
+        "not_calibrated",
+    ):
         return Verdict.STOP
     if error.status == 408 or error.code == "deadline_exceeded":
         return "timeout"

@@ -1,0 +1,51 @@
+"""HTTP/1.1 as uvicorn speaks it, but the head of a request, too, may only be so large and take so long."""
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+# httptools has no limit of its own: 100 MB of header lines take 1.6 GB. A browser's longest line is a cookie of 4 KiB.
+MAX_HEAD_BYTES = 64 * 2**10
+HEAD_SECONDS = 30.0
+
+
+class LimitedHttp(HttpToolsProtocol):
+    """Closes a connection whose request has no end of its head in time; only then is there someone to answer."""
+
+    _head = 0  # bytes of a head that is not complete
+    _in_head = True
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._arrived()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head:
+            self._head += len(data)
+            if self._head > MAX_HEAD_BYTES:
+                self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._arrived()
+        self._wait()
+
+    def on_headers_complete(self) -> None:
+        self._arrived()
+        super().on_headers_complete()
+
+    def _wait(self) -> None:
+        self._in_head, self._head = True, 0
+        self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def _arrived(self) -> None:
+        self._in_head = False
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
