@@ -10,8 +10,10 @@ import math
 from collections.abc import Hashable
 
 _SMOOTHING = 0.1  # weight of the newest value in a running mean
-# Of the longest wait: how long work must last for the pace to be measured, and how much what was assumed counts for.
-_WORTH_MEASURING, _FIRST_COUNTS = 0.02, 0.001
+# Of the longest wait: how long work must last for progress to be measured, and for how long what is assumed in the
+# beginning counts. With much less, the first small batch of a burst looks slow, and others are refused; with more, the first
+# second of an overload is taken as if engines were all that takes time.
+_LITTLE = 0.02
 
 
 class Overloaded(Exception):
@@ -82,7 +84,7 @@ class Progress:
 
     def __init__(self, first: float, longest_wait: float) -> None:
         self._longest_wait = longest_wait
-        self._time = _FIRST_COUNTS * longest_wait
+        self._time = _LITTLE * longest_wait
         self._work = first * self._time
         self._last = 0.0
 
@@ -98,7 +100,7 @@ class Progress:
     def done(self, now: float, seconds: float, left: float) -> None:
         """So much expected work was done, and so much is left."""
         elapsed, self._last = now - self._last, now
-        if left < _WORTH_MEASURING * self._longest_wait * self.rate:
+        if left < _LITTLE * self._longest_wait * self.rate:
             return
         kept = math.exp(-elapsed / self._longest_wait)
         self._work, self._time = kept * self._work + seconds, kept * self._time + elapsed

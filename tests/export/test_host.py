@@ -42,7 +42,8 @@ def test_a_thread_that_gives_way_is_nicer_than_the_main_one_and_so_is_what_it_st
     found = []
 
     def look() -> None:
-        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        thread = threading.get_native_id()
+        found.append((os.getpriority(os.PRIO_PROCESS, thread), os.sched_getscheduler(thread)))
 
     def give_way() -> None:
         host.give_way()
@@ -52,10 +53,10 @@ def test_a_thread_that_gives_way_is_nicer_than_the_main_one_and_so_is_what_it_st
         child.join()
         look()
 
-    before = os.getpriority(os.PRIO_PROCESS, 0)
+    before, policy = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
     thread = threading.Thread(target=give_way)
     thread.start()
     thread.join()
 
-    assert found == [min(19, before + 5)] * 2
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    assert found == [(min(19, before + 3), os.SCHED_BATCH)] * 2
+    assert (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)) == (before, policy)
