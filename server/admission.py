@@ -11,8 +11,8 @@ from collections.abc import Hashable
 
 _SMOOTHING = 0.1  # weight of the newest value in a running mean
 # Of the longest wait: how long work must last for progress to be measured, and for how long what is assumed in the
-# beginning counts. With much less, the first small batch of a burst looks slow, and others are refused; with more, the first
-# second of an overload is taken as if engines were all that takes time.
+# beginning counts. With much less, the first small batch of a burst looks slow, and others are refused; with more, the
+# first second of an overload is taken as if engines were all that takes time.
 _LITTLE = 0.02
 
 
