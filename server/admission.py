@@ -10,6 +10,10 @@ import math
 from collections.abc import Hashable
 
 _SMOOTHING = 0.1  # weight of the newest value in a running mean
+# Of the longest wait: how long work must last for progress to be measured, and for how long what is assumed in the
+# beginning counts. With much less, the first small batch of a burst looks slow, and others are refused; with more, the
+# first second of an overload is taken as if engines were all that takes time.
+_LITTLE = 0.02
 
 
 class Overloaded(Exception):
@@ -66,6 +70,40 @@ class Backlog:
     def before(self, rank: float) -> float:
         """Seconds of work that goes before what comes now with this rank."""
         return sum(seconds for step, (seconds, _) in self._steps.items() if step <= rank)
+
+
+class Progress:
+    """How many seconds of expected work are done in a second: by engines, decoders and all that happens around them.
+
+    It is measured while enough work is left, since few images can't keep everything busy; measurements are forgotten
+    over the longest wait.
+
+    - first: what is assumed in the beginning
+    - longest_wait: in seconds
+    """
+
+    def __init__(self, first: float, longest_wait: float) -> None:
+        self._longest_wait = longest_wait
+        self._time = _LITTLE * longest_wait
+        self._work = first * self._time
+        self._last = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Seconds of expected work in a second."""
+        return self._work / self._time
+
+    def begin(self, now: float) -> None:
+        """Work comes after there was none."""
+        self._last = now
+
+    def done(self, now: float, seconds: float, left: float) -> None:
+        """So much expected work was done, and so much is left."""
+        elapsed, self._last = now - self._last, now
+        if left < _LITTLE * self._longest_wait * self.rate:
+            return
+        kept = math.exp(-elapsed / self._longest_wait)
+        self._work, self._time = kept * self._work + seconds, kept * self._time + elapsed
 
 
 class Mean:

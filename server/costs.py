@@ -14,6 +14,7 @@ from resnet_ensemble.export.engines import Engine, EngineInfo
 # As export/build_engines.py times engines.
 SIZES = (1, 10, 40)
 # Runs of a size that are timed, as far as they fit into so many seconds. The shortest counts: others were interrupted.
+# Sizes take turns, so that what interrupts does not hit all runs of one.
 _RUNS, _TIMED = 5, 0.05
 # Once a run takes so long, it makes no difference that larger batches have less overhead a view.
 _LONG_RUN = 0.5
@@ -54,14 +55,17 @@ def recorded(bundle: Bundle, member: Member, engine: EngineInfo) -> dict[int, fl
 
 def measure(engine: Engine, side: int, largest: int | None = None) -> dict[int, float]:
     """Run an engine on square views: seconds of a run by batch size."""
-    timings: dict[int, float] = {}
+    timings: dict[int, list[float]] = {}
     for size in SIZES if largest is None else sorted({*(size for size in SIZES if size < largest), largest}):
-        views = np.zeros((size, side, side, 3), np.uint8)
-        engine.run(views)
-        timings[size] = _seconds(engine, views)
-        if timings[size] > _LONG_RUN:
+        engine.run(_views(size, side))
+        timings[size] = [_seconds(engine, _views(size, side))]
+        if timings[size][0] > _LONG_RUN:
             break
-    return timings
+    for _ in range(_RUNS - 1):
+        for size, seconds in timings.items():
+            if sum(seconds) < _TIMED:
+                seconds.append(_seconds(engine, _views(size, side)))
+    return {size: min(seconds) for size, seconds in timings.items()}
 
 
 def up_to(largest: int | None, timings: Mapping[int, float]) -> dict[int, float]:
@@ -73,10 +77,11 @@ def up_to(largest: int | None, timings: Mapping[int, float]) -> dict[int, float]
     return {size: timings[size] for size in sizes if size <= largest} | {largest: between}
 
 
+def _views(size: int, side: int) -> NDArray[np.uint8]:
+    return np.zeros((size, side, side, 3), np.uint8)
+
+
 def _seconds(engine: Engine, views: NDArray[np.uint8]) -> float:
-    seconds: list[float] = []
-    while len(seconds) < _RUNS and sum(seconds) < _TIMED:
-        began = time.perf_counter()
-        engine.run(views)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    began = time.perf_counter()
+    engine.run(views)
+    return time.perf_counter() - began

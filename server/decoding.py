@@ -5,6 +5,8 @@ import itertools
 import threading
 from collections.abc import Callable
 
+from resnet_ensemble.export import host
+
 
 class Ticket:
     """One piece of work. Give it back with `Decoders.free`."""
@@ -62,6 +64,7 @@ class Decoders:
             thread.join()
 
     def _run(self) -> None:
+        host.give_way()
         while True:
             with self._changed:
                 while not self._closing and (not self._waiting or self._held >= self._max_bytes):

@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from resnet_ensemble.export import host
 from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.server.dispatch import Batch, Dispatcher, Job, Tally
 from resnet_ensemble.server.hangs import Run, Runs
@@ -206,6 +207,7 @@ class Scheduler:
         self._give_up(waiting, EngineHung())
 
     def _work(self) -> None:
+        host.give_way()
         while True:
             with self._lock:
                 while (batch := self._decide.next(time.monotonic())) is None:
@@ -234,7 +236,7 @@ class Scheduler:
             return
         now = time.monotonic()
         with self._lock:
-            jobs = self._decide.done(batch, probabilities, now - formed)
+            jobs = self._decide.done(batch, probabilities, now)
             self._finished(batch)
         for job in jobs:
             if job.future.set_running_or_notify_cancel():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from resnet_ensemble.export import host
 from resnet_ensemble.export.bundle import BundleError
 from resnet_ensemble.export.engines import BackendUnavailable
 from resnet_ensemble.server.classifier import Classifier, Opener, load, open_engine
@@ -138,7 +139,7 @@ class Service:
         self._switching = True
         try:
             settings = self.settings.model_copy(update={"bundle": path})
-            classifier = await asyncio.to_thread(load, settings, self.metrics, self._open_with)
+            classifier = await asyncio.to_thread(_load, settings, self.metrics, self._open_with)
         except Exception as error:  # whatever a new bundle does must not harm the old one
             reason = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
             log.exception("still serving %s, not %s", old.classifier.bundle.identity, path)
@@ -185,7 +186,7 @@ class Service:
 
     async def _load(self) -> None:
         try:
-            classifier = await asyncio.to_thread(load, self.settings, self.metrics, self._open_with)
+            classifier = await asyncio.to_thread(_load, self.settings, self.metrics, self._open_with)
         except _EXPECTED as error:
             self._fail(str(error))
             return
@@ -211,6 +212,12 @@ class Service:
         measured.ready.set_function(lambda: not classifier.scheduler.down)
         self._serving = _Serving(classifier)
         log.info("ready: %s", classifier.bundle.identity)
+
+
+def _load(settings: Settings, metrics: Metrics, open_with: Opener) -> Classifier:
+    """On a thread that gives way to the event loop, as all threads do that engines start."""
+    host.give_way()
+    return load(settings, metrics, open_with)
 
 
 class _Serving:

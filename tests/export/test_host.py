@@ -1,4 +1,6 @@
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,28 @@ def test_cores_are_at_most_those_of_the_affinity() -> None:
 def test_the_cpu_is_described_in_one_line() -> None:
     assert host.cpu()
     assert "\n" not in host.cpu()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness is of whole processes")
+def test_a_thread_that_gives_way_is_nicer_than_the_main_one_and_so_is_what_it_starts() -> None:
+    found = []
+
+    def look() -> None:
+        thread = threading.get_native_id()
+        found.append((os.getpriority(os.PRIO_PROCESS, thread), os.sched_getscheduler(thread)))
+
+    def give_way() -> None:
+        host.give_way()
+        host.give_way()  # again makes no difference
+        child = threading.Thread(target=look)
+        child.start()
+        child.join()
+        look()
+
+    before, policy = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
+    thread = threading.Thread(target=give_way)
+    thread.start()
+    thread.join()
+
+    assert found == [(min(19, before + 3), os.SCHED_BATCH)] * 2
+    assert (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)) == (before, policy)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_ensemble.server.admission import Backlog, Mean, ranks
+from resnet_ensemble.server.admission import Backlog, Mean, Progress, ranks
 
 TIMES = st.floats(0, 1000)
 
@@ -74,3 +74,33 @@ def test_a_running_mean_follows_each_key() -> None:
 
     assert mean["a"] == pytest.approx(0.5, abs=0.01)
     assert mean["b"] == 1.0
+
+
+def test_progress_is_work_by_time_whatever_takes_the_time() -> None:
+    progress = Progress(2.0, longest_wait=10.0)
+    progress.begin(100.0)
+    for i in range(1, 11):
+        progress.done(100.0 + i, seconds=0.25, left=50.0)
+
+    assert progress.rate == pytest.approx(0.25, rel=0.1)
+
+
+def test_progress_is_not_measured_while_there_is_little_to_do_or_nothing() -> None:
+    progress = Progress(2.0, longest_wait=10.0)
+    progress.begin(0.0)
+    progress.done(1.0, seconds=0.01, left=0.3)
+    progress.begin(1000.0)
+
+    assert progress.rate == 2.0
+    progress.done(1005.0, seconds=5.0, left=50.0)
+    assert progress.rate == pytest.approx(1, rel=0.1)  # the pause does not count
+
+
+def test_progress_that_was_slow_is_found_fast_again() -> None:
+    progress = Progress(2.0, longest_wait=10.0)
+    progress.begin(0.0)
+    progress.done(60.0, seconds=0.001, left=1.0)  # an engine was opened anew meanwhile
+    for i in range(500):
+        progress.done(60.0 + i / 10, seconds=0.1, left=1.0)
+
+    assert progress.rate == pytest.approx(1, rel=0.05)

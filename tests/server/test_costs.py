@@ -60,6 +60,17 @@ def test_the_first_run_of_a_size_is_not_timed() -> None:
     assert measure(Cold(10), 4)[1] < 0.05
 
 
+def test_what_interrupts_for_a_while_does_not_hit_all_runs_of_a_size() -> None:
+    class Interrupted(FakeEngine):
+        """Slow for a few runs in a row."""
+
+        def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
+            self._seconds_per_view = 0.02 / len(views) if 0 < len(self.batches) < 6 else 0.0
+            return super().run(views)
+
+    assert max(measure(Interrupted(10), 4).values()) < 0.02
+
+
 def test_what_was_recorded_when_the_engine_was_built_is_not_measured_again(
     shipped: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
