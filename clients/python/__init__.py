@@ -24,7 +24,7 @@ from resnet_ensemble.client._errors import (
     UnsupportedImageError,
 )
 from resnet_ensemble.client._images import Image
-from resnet_ensemble.client._types import ClassProbability, Info, MemberVote, Prediction
+from resnet_ensemble.client._types import ClassProbability, Guarantee, Info, MemberVote, Prediction
 
 __all__ = [
     "Answer",
@@ -36,6 +36,7 @@ __all__ = [
     "ConnectionFailedError",
     "Image",
     "ImageError",
+    "Guarantee",
     "Info",
     "MemberVote",
     "NotReadyError",

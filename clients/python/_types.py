@@ -7,16 +7,17 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class ClassProbability:
-    """One class and its probability."""
+    """One class and its probability; `confidence` as in Prediction."""
 
     label: str
     index: int
     probability: float
+    confidence: float | None = None
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Self:
         """From the server's JSON."""
-        return cls(label=answer["label"], index=answer["index"], probability=answer["probability"])
+        return cls(answer["label"], answer["index"], answer["probability"], answer.get("confidence"))
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,34 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Guarantee:
+    """What the stop rule "calibrated" promises for a protocol, and what it took where that was certified.
+
+    - disagreement, confidence: with this confidence, at most this share of labels is another than that of "full"
+    - images, disagreements: how many certified it, and on how many of them the label was another
+    - views, cost: an image, on average; cost is engine time by that of all views
+    """
+
+    disagreement: float
+    confidence: float
+    images: int
+    disagreements: int
+    views: float
+    cost: float
+
+    @classmethod
+    def parse(cls, answer: Mapping[str, Any]) -> Self:
+        """From the server's JSON."""
+        return cls(**{name: answer[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
 class Info:
     """What a server serves.
 
     - protocol, stop: what counts where a request does not say it
-    - protocols: every protocol and its views a member; stop_rules: every stop rule
+    - protocols: every protocol and its views a member; stop_rules: every stop rule that some protocol has
+    - calibrated: by protocol, what the stop rule "calibrated" promises; others do not have it
     - members: the networks; costs: the seconds that a view takes on each of them there
     - limits: what it refuses more of, such as "max_image_bytes"; None where there is no limit
 
@@ -116,6 +140,7 @@ class Info:
     members: tuple[str, ...]
     stop: str | None = None
     stop_rules: tuple[str, ...] = ()
+    calibrated: Mapping[str, Guarantee] = field(default_factory=dict)
     costs: Mapping[str, float] = field(default_factory=dict)
     limits: Mapping[str, float | None] = field(default_factory=dict)
 
@@ -131,6 +156,7 @@ class Info:
             members=tuple(member["name"] for member in answer["members"]),
             stop=answer.get("stop"),
             stop_rules=tuple(answer.get("stop_rules", ())),
+            calibrated={name: Guarantee.parse(told) for name, told in answer.get("calibrated", {}).items()},
             costs={member["name"]: member["cost"]["seconds"] for member in answer["members"] if "cost" in member},
             limits=dict(answer.get("limits", {})),
         )

@@ -181,6 +181,7 @@ def test_everything_that_the_server_answers_has_its_field() -> None:
     assert set(schemas.MemberVote.model_fields) == {field.name for field in dataclasses.fields(sdk.MemberVote)}
     elsewhere = {"measured", "streams"}  # of the host and of the bundle's making: not for clients
     assert set(schemas.Info.model_fields) - elsewhere <= {field.name for field in dataclasses.fields(sdk.Info)}
+    assert set(schemas.CalibrationDescription.model_fields) == {f.name for f in dataclasses.fields(sdk.Guarantee)}
     options = set(inspect.signature(Client.classify).parameters) - {"self", "image"}
     assert set(schemas.Options.model_fields) == options
     assert set(inspect.signature(AsyncClient.classify).parameters) - {"self", "image"} == options

@@ -97,13 +97,14 @@ FORMATS: dict[str, Callable[[], Format]] = {"jsonl": JsonLines, "parquet": Parqu
 
 def _schema(arrow: Any) -> Any:
     one = [("label", arrow.string()), ("index", arrow.int32()), ("probability", arrow.float64())]
+    answer = [*one, ("confidence", arrow.float64())]
     return arrow.schema(
         [
             ("id", arrow.string()),
             ("path", arrow.string()),
             ("sha256", arrow.string()),
-            *one,
-            ("top", arrow.list_(arrow.struct(one))),
+            *answer,
+            ("top", arrow.list_(arrow.struct(answer))),
             ("members", arrow.list_(arrow.struct([("member", arrow.string()), *one, ("views", arrow.int32())]))),
             ("entropy", arrow.float64()),
             ("mutual_information", arrow.float64()),

@@ -13,8 +13,8 @@ TIMED_OUT = "timed_out"
 CONNECTION_LOST = "connection_lost"
 
 _FROM_PREDICTION = (
-    "label", "index", "probability", "top", "members", "entropy", "mutual_information", "protocol", "stop_rule",
-    "certain", "views_used", "views_planned", "bundle",
+    "label", "index", "probability", "confidence", "top", "members", "entropy", "mutual_information", "protocol",
+    "stop_rule", "certain", "views_used", "views_planned", "bundle",
 )  # fmt: skip
 COLUMNS = ("id", "path", "sha256", *_FROM_PREDICTION, "latency_ms", "error_code", "error_message")
 
