@@ -77,6 +77,8 @@ async def unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:
         if until.expired():
             raise ClientDisconnect from None
         raise
+    except asyncio.CancelledError:  # uvicorn cancels what is not answered at the drain limit
+        raise ApiError("not_ready", "the server stops, and its time for what it had accepted is over") from None
 
 
 async def _disconnect(request: Request, until: asyncio.Timeout) -> None:

@@ -30,7 +30,8 @@ class NotNull:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """The schema of T."""
         found = handler(schema)
-        (alternative,) = (option for option in found.pop("anyOf") if option != {"type": "null"})
+        alternatives: list[JsonSchemaValue] = found.pop("anyOf")
+        (alternative,) = (option for option in alternatives if option != {"type": "null"})
         return found | alternative
 
 

@@ -1,12 +1,15 @@
 """HTTP/1.1 as uvicorn speaks it, but the head of a request, too, may only be so large and take so long."""
 
 import asyncio
+import re
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # httptools has no limit of its own: 100 MB of header lines take 1.6 GB. A browser's longest line is a cookie of 4 KiB.
 MAX_HEAD_BYTES = 64 * 2**10
 HEAD_SECONDS = 30.0
+# Java's client offers HTTP/2 in every request. We speak no other protocol, and httptools would drop the body.
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class LimitedHttp(HttpToolsProtocol):
@@ -25,6 +28,9 @@ class LimitedHttp(HttpToolsProtocol):
         self._arrived()
 
     def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nX-Ignored:", head) + end + rest
         super().data_received(data)
         if self._in_head:
             self._head += len(data)
