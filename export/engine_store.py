@@ -163,10 +163,10 @@ def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precisi
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def open_engine(bundle: Bundle, member: Member, backend: str | None = None) -> Engine:
+def open_engine(bundle: Bundle, member: Member, backend: str | None = None, threads: int = 1) -> Engine:
     """The fastest engine that was built and passed, otherwise FP32 compiled now; checked against the golden pictures.
 
-    Raises BundleError, BackendUnavailable.
+    `threads`: of the CPU, for each run. Raises BundleError, BackendUnavailable.
     """
     graph = bundle.read(member)
     store = EngineStore(bundle)
@@ -183,7 +183,7 @@ def open_engine(bundle: Bundle, member: Member, backend: str | None = None) -> E
     implementation = engines.backend(name)
     try:
         compiled = stored.content if stored else implementation.compile(graph, precision, member.preprocessing)
-        engine = implementation.load(compiled, precision)
+        engine = implementation.load(compiled, precision, threads)
         difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, precision))
     except (EngineBuildError, EngineRunError) as error:
         raise BackendUnavailable(f"{member.name} can't run on {name}: {error}") from None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from resnet_ensemble.export import engine_store, host
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
-from resnet_ensemble.export.engines import Engine
+from resnet_ensemble.export.engines import ON, Engine
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import costs, ensemble, images, stopping, temperature
 from resnet_ensemble.server.admission import Overloaded
@@ -30,17 +30,17 @@ from resnet_ensemble.training.views import Preprocessing, make_blocks
 
 log = logging.getLogger(__name__)
 
-Opener = Callable[[Bundle, Member, Settings], Engine]
+Opener = Callable[..., Engine]  # as open_engine
 Content = bytes | NDArray[np.uint8]  # an encoded image, or the pixels (h, w, 3) of one
 _T = TypeVar("_T")
 _TOP = 5  # of "top-5 error"
 
 
-def open_engine(bundle: Bundle, member: Member, settings: Settings) -> Engine:
-    """A member's engine, checked. Raises BundleError, BackendUnavailable."""
+def open_engine(bundle: Bundle, member: Member, settings: Settings, threads: int = 1) -> Engine:
+    """A member's engine, checked. `threads`: of the CPU, for each run. Raises BundleError, BackendUnavailable."""
     if settings.backend == "fake":
         return FakeEngine(len(bundle.manifest.labels))
-    return engine_store.open_engine(bundle, member, _backend(settings))
+    return engine_store.open_engine(bundle, member, _backend(settings), threads)
 
 
 @dataclass
@@ -97,6 +97,10 @@ class Classifier:
         self._decoders = Decoders(threads=host.cores(), max_bytes=settings.max_view_bytes)
         self.scheduler = Scheduler(
             engines,
+            lone=[
+                _lone_engine(bundle, member, engine, settings, open_with)
+                for member, engine in zip(members, engines, strict=True)
+            ],
             classes=len(self._manifest.labels),
             streams=settings.streams,
             batch_pixels=[cost.batch * side**2 for cost, side in zip(self.costs, sides, strict=True)],
@@ -292,6 +296,8 @@ class Classifier:
         )
 
 
+# Of the time on one core, what every core may take for a lone view, which is worth the memory of a second engine.
+_SOONER = 0.8
 _NEVER = 7 * 24 * 3600.0  # seconds
 
 
@@ -322,6 +328,21 @@ def _cost(bundle: Bundle, member: Member, engine: Engine, settings: Settings) ->
     chosen = costs.choose(costs.up_to(settings.max_batch, timings))
     engine.run(np.zeros((chosen.batch, side, side, 3), np.uint8))
     return chosen
+
+
+def _lone_engine(
+    bundle: Bundle, member: Member, engine: Engine, settings: Settings, open_with: Opener
+) -> Engine | None:
+    """The same on every core, for a view that nothing runs beside, if it is answered sooner so."""
+    cores, side = host.cores(), member.preprocessing.crop
+    if cores == 1 or engine.info.backend not in ON["cpu"]:
+        return None
+    lone = open_with(bundle, member, settings, cores)
+    on_one, on_all = (costs.measure(each, side, 1)[1] for each in (engine, lone))
+    if on_all < _SOONER * on_one:
+        return lone
+    lone.close()
+    return None
 
 
 def load(settings: Settings, metrics: Metrics, open_with: Opener = open_engine) -> Classifier:

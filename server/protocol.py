@@ -17,6 +17,7 @@ class LimitedHttp(HttpToolsProtocol):
 
     _head = 0  # bytes of a head that is not complete
     _in_head = True
+    _before_body = True  # also between two requests
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -28,7 +29,7 @@ class LimitedHttp(HttpToolsProtocol):
         self._arrived()
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
+        if self._before_body:
             head, end, rest = data.partition(b"\r\n\r\n")
             data = _UPGRADE.sub(b"\r\nX-Ignored:", head) + end + rest
         super().data_received(data)
@@ -44,7 +45,12 @@ class LimitedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._arrived()
+        self._before_body = False
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._before_body = True
+        super().on_message_complete()
 
     def _wait(self) -> None:
         self._in_head, self._head = True, 0

@@ -59,6 +59,7 @@ class Observer:
 class Scheduler:
     """Runs jobs on one engine a member.
 
+    - lone: of each member, an engine for views that nothing else runs beside, or None; one that fails is not used again
     - classes, streams, batch_pixels, max_wait: as in Dispatcher
     - probes: of each member, views uint8 (n, h, w, 3) that a sound engine answers
     - reopen: opens a member's engine anew; without it, an engine that dies stays dead
@@ -69,6 +70,7 @@ class Scheduler:
         self,
         engines: Sequence[Engine],
         *,
+        lone: Sequence[Engine | None] | None = None,
         classes: int,
         streams: int,
         batch_pixels: Sequence[int],
@@ -79,6 +81,7 @@ class Scheduler:
         observer: Observer | None = None,
     ) -> None:
         self._engines = list(engines)
+        self._lone: list[Engine | None] = list(lone) if lone else [None] * len(self._engines)
         self._classes = classes
         self._probes = probes
         self._open = reopen
@@ -216,21 +219,25 @@ class Scheduler:
                         self._work_waits.notify_all()
                         return
                     self._work_waits.wait()
-                engine = self._engines[batch.member]
+                engine, lone = self._engines[batch.member], None
+                if not self._running.total() and not self._decide.waiting_views:
+                    lone = self._lone[batch.member]
                 self._running[batch.member] += 1
                 self._runs.begin(threading.get_ident(), batch, batch.seconds, time.monotonic())
                 if self._decide.waiting_views:
                     self._work_waits.notify()
-            self._run(batch, engine)
+            self._run(batch, engine, lone)
 
-    def _run(self, batch: Batch, engine: Engine) -> None:
+    def _run(self, batch: Batch, engine: Engine, lone: Engine | None) -> None:
         began = formed = time.monotonic()
         try:
             arrays = [part.views for part in batch.parts]
             views = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
             formed = time.monotonic()
-            probabilities = engine.run(views)
-            self._check(probabilities, len(views))
+            probabilities = self._lone_answer(batch.member, lone, views) if lone else None
+            if probabilities is None:
+                probabilities = engine.run(views)
+                self._check(probabilities, len(views))
         except Exception as error:  # noqa: BLE001  # the edge between us and a backend, which may raise anything
             self._on_failure(batch, engine, error)
             return
@@ -243,6 +250,17 @@ class Scheduler:
                 started = job.submitted if job.started is None else job.started
                 job.future.set_result(Tally(job.sums, job.views, started - job.submitted, now - started))
         self._observer.batch(batch.member, len(views), formed - began, now - formed)
+
+    def _lone_answer(self, member: int, lone: Engine, views: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+        try:
+            probabilities = lone.run(views)
+            self._check(probabilities, len(views))
+        except Exception:
+            log.exception("member %d runs on one core again: its engine for all cores failed", member)
+            with self._lock:
+                self._lone[member] = None
+            return None
+        return probabilities
 
     def _finished(self, batch: Batch) -> None:
         """Called by its worker, with the lock held."""
@@ -306,6 +324,7 @@ class Scheduler:
             delay = min(2 * delay, _LONGEST_DELAY)
         with self._lock:
             self._engines[member] = fresh
+            self._lone[member] = None  # it may be of another kind
             del self._down[member]
             self._decide.resume(member)
             self._reopening.remove(threading.current_thread())

@@ -70,8 +70,11 @@ class Backend(Protocol):
         For int8 and fp8, a quantized graph. Raises EngineBuildError, BackendUnavailable.
         """
 
-    def load(self, compiled: bytes, precision: Precision) -> Engine:
-        """An engine from what `compile` made. Raises EngineLoadError, BackendUnavailable."""
+    def load(self, compiled: bytes, precision: Precision, threads: int = 1) -> Engine:
+        """An engine from what `compile` made. Raises EngineLoadError, BackendUnavailable.
+
+        `threads`: of the CPU, for each run.
+        """
 
 
 # Every backend that can run a bundle's graphs, by the device that it runs on. The fake one, which has no weights, is

@@ -85,7 +85,7 @@ def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  
     return lowered(graph, "fp16")
 
 
-def load(compiled: bytes, precision: Precision) -> Engine:
+def load(compiled: bytes, precision: Precision, threads: int = 1) -> Engine:  # noqa: ARG001  # the GPU computes
     """An engine from what `compile` made."""
     onnxruntime.preload_dlls()  # CUDA's and cuDNN's, from their packages
     return OnnxRuntimeCudaEngine(compiled, precision)

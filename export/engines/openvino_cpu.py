@@ -21,10 +21,10 @@ _core = openvino.Core()
 class OpenVinoEngine:
     """A compiled model; each thread that runs it has a request of its own."""
 
-    def __init__(self, model: openvino.CompiledModel, precision: Precision) -> None:
+    def __init__(self, model: openvino.CompiledModel, precision: Precision, threads: int) -> None:
         self._model = model
         self._local = threading.local()
-        self.info = EngineInfo("openvino", version(), precision, "cpu", threads=1)
+        self.info = EngineInfo("openvino", version(), precision, "cpu", threads)
 
     def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities (n, classes) of views (n, h, w, 3)."""
@@ -66,16 +66,17 @@ def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  
     return content
 
 
-def load(compiled: bytes, precision: Precision) -> Engine:
+def load(compiled: bytes, precision: Precision, threads: int = 1) -> Engine:
     """An engine from what `compile` made."""
-    return OpenVinoEngine(_core.import_model(BytesIO(compiled), DEVICE, _options(precision)), precision)
+    model = _core.import_model(BytesIO(compiled), DEVICE, _options(precision, threads))
+    return OpenVinoEngine(model, precision, threads)
 
 
 def _has_bf16() -> bool:
     return "BF16" in _core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
 
 
-def _options(precision: Precision) -> dict[str, str | int]:
+def _options(precision: Precision, threads: int = 1) -> dict[str, str | int]:
     # What an INT8 graph leaves in floating point, its first and last layers, is BF16 where the CPU has it: ResNet-18
     # and 50 then ran at 3.6 and 3.5 times ONNX Runtime's FP32 instead of 3.2 and 3.3; a ResNet-18's
     # agreement with FP32 on 1,430 views was 97.8 % instead of 98.0.
@@ -83,7 +84,7 @@ def _options(precision: Precision) -> dict[str, str | int]:
     cores = host.cores()  # of our cgroup; OpenVINO would take the machine's
     return {
         "INFERENCE_NUM_THREADS": cores,
-        "NUM_STREAMS": cores,
+        "NUM_STREAMS": max(1, cores // threads),
         "ENABLE_CPU_PINNING": "NO",  # other processes have their share of the cores
         "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
     }

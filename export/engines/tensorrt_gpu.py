@@ -58,7 +58,7 @@ def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  
     return plan.content
 
 
-def load(compiled: bytes, precision: Precision) -> Engine:
+def load(compiled: bytes, precision: Precision, threads: int = 1) -> Engine:  # noqa: ARG001  # the GPU computes
     """An engine from what `compile` made. A plan is code: only those of a store, whose hashes were compared."""
     return TensorRtEngine(_module(), cudart, compiled, precision)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from resnet_ensemble.export import host
+from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.classifier import Classifier, load
 from resnet_ensemble.server.errors import ApiError
@@ -23,6 +25,30 @@ def classifier() -> Iterator[Classifier]:
     loaded = load(Settings(), Metrics(), slow)
     yield loaded
     loaded.close()
+
+
+@pytest.mark.parametrize(("on_all_cores", "used"), [(0.001, True), (0.0039, False)])
+def test_a_lone_view_runs_on_every_core_where_that_is_worth_a_second_engine(
+    monkeypatch: pytest.MonkeyPatch, png: Callable[..., bytes], on_all_cores: float, used: bool
+) -> None:
+    monkeypatch.setattr(host, "cores", lambda: 4)
+    lone: list[FakeEngine] = []
+
+    def opener(bundle: object, member: object, settings: object, threads: int = 1) -> FakeEngine:
+        engine = FakeEngine(10, seconds_per_view=0.004 if threads == 1 else on_all_cores)
+        engine.info = EngineInfo("onnxruntime", "1", "fp32", "cpu", threads)
+        if threads == 4:
+            lone.append(engine)
+        return engine
+
+    classifier = load(Settings(max_batch=10, streams=1), Metrics(), opener)
+    timed = sum(len(engine.batches) for engine in lone)
+    asyncio.run(classifier.classify([png(0)], Options(protocol="center")))
+    classifier.close()
+
+    # The last of the four members' views has nothing beside it.
+    assert len(lone) == 4
+    assert (sum(len(engine.batches) for engine in lone) > timed) == used
 
 
 def test_what_is_an_error_already_keeps_its_place(classifier: Classifier, png: Callable[..., bytes]) -> None:

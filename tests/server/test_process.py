@@ -87,6 +87,37 @@ def test_sigterm_answers_every_accepted_request_and_exits_with_0(shipped: Bundle
         assert running.wait(30) == 0
 
 
+def test_what_is_not_answered_at_the_drain_limit_is_told_so(shipped: Bundle) -> None:
+    ship = (shipped.path / "golden" / "ship.png").read_bytes()
+    with (
+        process(RESNET_MAX_IMAGES_PER_REQUEST=str(MANY), RESNET_DRAIN_SECONDS="1") as (running, url),
+        httpx2.Client(timeout=60) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        wait_until_ready(url)
+        requests = [pool.submit(client.post, f"{url}/predict", files=[("image", ship)] * MANY) for _ in range(2)]
+        wait_for(url, "resnet_images_in_flight", 2 * MANY)
+        running.send_signal(signal.SIGTERM)
+
+        answers = [request.result() for request in requests]
+
+        assert {answer.status_code for answer in answers} <= {200, 503}
+        late = [answer.json() for answer in answers if answer.status_code == 503]
+        assert [problem["code"] for problem in late] == ["not_ready"] * len(late)
+        assert running.wait(30) == 0
+
+
+@pytest.mark.parametrize("name", ["Upgrade", "upgrade"])
+def test_a_client_that_offers_another_protocol_is_answered_in_this_one(shipped: Bundle, name: str) -> None:
+    ship = (shipped.path / "golden" / "ship.png").read_bytes()
+    offer = {"Connection": "Upgrade, HTTP2-Settings", name: "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA"}
+    with process(RESNET_BACKEND="fake") as (_, url), httpx2.Client() as client:
+        wait_until_ready(url)
+        for _ in range(2):  # on one connection
+            answer = client.post(f"{url}/predict", content=ship, headers=offer)
+            assert answer.status_code == 200, answer.text
+
+
 def test_a_client_that_leaves_takes_its_views_out_of_the_queue(shipped: Bundle) -> None:
     ship = (shipped.path / "golden" / "ship.png").read_bytes()
     with process(RESNET_MAX_IMAGES_PER_REQUEST=str(MANY), RESNET_STREAMS="1") as (_, url), httpx2.Client() as client:

@@ -313,6 +313,51 @@ def test_every_run_is_reported() -> None:
     assert sorted(seen.batches) == [(0, 5), (1, 5)]
 
 
+# Views that nothing else runs beside
+
+
+def test_a_view_that_nothing_runs_beside_goes_to_the_engine_for_all_cores() -> None:
+    one, all_cores = FakeEngine(CLASSES), FakeEngine(CLASSES)
+    with scheduler(one, lone=[all_cores]) as running:
+        for _ in range(3):
+            assert submit(running, 255, n=1).future.result(10).sums.argmax() == CLASSES - 1
+
+    assert (one.batches, all_cores.batches) == ([], [1, 1, 1])
+
+
+def test_what_runs_beside_another_stays_on_one_core() -> None:
+    one, gate = FakeEngine(CLASSES), Gate()
+    with scheduler(one, lone=[gate], streams=2) as running:
+        busy(running, gate)
+        submit(running, 255, n=1).future.result(10)
+        gate.open.set()
+
+    assert (one.batches, gate.batches) == ([1], [1])
+
+
+def test_what_another_waits_behind_stays_on_one_core() -> None:
+    one, gate = FakeEngine(CLASSES), Gate()
+    with scheduler(one, lone=[gate]) as running:
+        busy(running, gate)
+        (larger,) = running.admit(plan(1), FULL, deadline=time.monotonic() + 1e6)
+        running.submit(larger, [[views(0, 1, side=6)]])  # not packed with the next
+        last = submit(running, 255, n=1)
+        gate.open.set()
+        wait([larger.future, last.future], 10)
+
+    assert (one.batches, gate.batches) == ([1], [1, 1])
+
+
+def test_an_engine_for_all_cores_that_fails_is_not_used_again_and_nobody_notices() -> None:
+    one, all_cores = FakeEngine(CLASSES), FakeEngine(CLASSES)
+    all_cores.kill()
+    with scheduler(one, lone=[all_cores]) as running:
+        for _ in range(3):
+            assert submit(running, 255, n=1).future.result(10).sums.argmax() == CLASSES - 1
+
+    assert (one.batches, all_cores.batches) == ([1, 1, 1], [1])
+
+
 # Engines that die
 
 
