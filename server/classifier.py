@@ -18,8 +18,7 @@ from resnet_ensemble.server import costs, ensemble, images, stopping, temperatur
 from resnet_ensemble.server.admission import Overloaded
 from resnet_ensemble.server.calibration import NotCalibrated
 from resnet_ensemble.server.costs import Cost
-from resnet_ensemble.server.decoding import Decoders
-from resnet_ensemble.server.dispatch import Job, Tally
+from resnet_ensemble.server.dispatch import Blocks, Job, Tally
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.scheduler import EngineFailure, EngineHung, Scheduler
@@ -94,7 +93,6 @@ class Classifier:
         except NotCalibrated as error:
             raise BundleError(f"the stop rule can't be {self.stop}: {error}") from None
         sides = [member.preprocessing.crop for member in members]
-        self._decoders = Decoders(threads=host.cores(), max_bytes=settings.max_view_bytes)
         self.scheduler = Scheduler(
             engines,
             lone=[
@@ -105,6 +103,9 @@ class Classifier:
             streams=settings.streams,
             batch_pixels=[cost.batch * side**2 for cost, side in zip(self.costs, sides, strict=True)],
             max_wait=settings.max_wait_seconds,
+            max_bytes=settings.max_view_bytes,
+            decoders=host.cores(),
+            shared=all(engine.info.backend not in ON["cuda"] for engine in engines),
             probes=[np.zeros((1, side, side, 3), np.uint8) for side in sides],
             reopen=lambda member: self._reopened(member, open_with(bundle, members[member], settings)),
             run_limit=settings.engine_timeout_seconds,
@@ -115,11 +116,6 @@ class Classifier:
     def engines(self) -> list[Engine]:
         """Of each member, the one that is used now."""
         return self.scheduler.engines
-
-    @property
-    def waiting_view_bytes(self) -> int:
-        """Bytes of the views of images that are decoded and not answered."""
-        return self._decoders.held
 
     async def classify(
         self, contents: Sequence[Content | ApiError], options: Options, deadline: float | None = None
@@ -175,7 +171,6 @@ class Classifier:
 
     def close(self) -> None:
         """Finish what was submitted and free the engines."""
-        self._decoders.close()
         self.scheduler.close()
         down = self.scheduler.down
         for member, engine in enumerate(self.engines):
@@ -199,7 +194,7 @@ class Classifier:
     ) -> _T | ApiError:
         began = time.monotonic()
         times = _Times()
-        ticket = self._decoders.submit(job.rank, lambda: self._prepare(job, content, times))
+        self.scheduler.decode(job, lambda: self._blocks(content, job.plan.protocol, times))
         try:
             async with asyncio.timeout(deadline - began):
                 tally = await asyncio.wrap_future(job.future)
@@ -214,28 +209,22 @@ class Classifier:
             return ApiError("engine_failure", "a model failed on this image, even when it was run alone")
         finally:
             self.scheduler.release(job)
-            self._decoders.free(ticket)
         return finish(self._evaluated(strategy, tally, times, began))
 
-    def _prepare(self, job: Job, content: Content, times: _Times) -> int:
-        """Decode an image, make its views and submit them. Returns their bytes."""
+    def _blocks(self, content: Content, protocol: str, times: _Times) -> Blocks:
+        """Decode an image and make its views for each member. Raises ApiError."""
         began = time.monotonic()
+        if isinstance(content, bytes):
+            image = images.decode(content, max_pixels=self._max_pixels)
+        else:
+            image = images.from_pixels(content, max_pixels=self._max_pixels)
+        decoded = time.monotonic()
         made: dict[Preprocessing, list[NDArray[np.uint8]]] = {}
-        try:
-            if isinstance(content, bytes):
-                image = images.decode(content, max_pixels=self._max_pixels)
-            else:
-                image = images.from_pixels(content, max_pixels=self._max_pixels)
-            decoded = time.monotonic()
-            for member in self._manifest.members:
-                if member.preprocessing not in made:
-                    made[member.preprocessing] = make_blocks(image, member.preprocessing, job.plan.protocol)
-        except Exception as error:  # noqa: BLE001  # this thread goes on; who waits for the image is told
-            self.scheduler.fail(job, error)
-            return 0
+        for member in self._manifest.members:
+            if member.preprocessing not in made:
+                made[member.preprocessing] = make_blocks(image, member.preprocessing, protocol)
         times.decode, times.views = decoded - began, time.monotonic() - decoded
-        self.scheduler.submit(job, [made[member.preprocessing] for member in self._manifest.members])
-        return sum(block.nbytes for blocks in made.values() for block in blocks)
+        return [made[member.preprocessing] for member in self._manifest.members]
 
     def _evaluated(self, strategy: Strategy, tally: Tally, times: _Times, began: float) -> "Evaluated":
         averaging = time.monotonic()

@@ -1,9 +1,12 @@
 """What to run next, when an image is done, and whom to take: the scheduler's decisions, without threads or clocks.
 
-The unit of work is a view of an image for a member. Of each image only those views are queued that its stop rule needs
-in any case (stopping.py). There is a queue for each (member, view shape); the next batch comes from the queue whose
-head has the smallest rank (admission.py), and is filled from that queue across images, by rank. Results are added up,
-the rule is asked again, and what it still needs is queued and packed anew.
+An image is decoded first. From then on the unit of work is a view of it for a member. Of each image only those views
+are queued that its stop rule needs in any case (stopping.py). There is a queue for each (member, view shape); the next
+batch comes from the queue whose head has the smallest rank (admission.py), and is filled from that queue across images,
+by rank. Results are added up, the rule is asked again, and what it still needs is queued and packed anew.
+
+On a CPU the same threads decode and run engines. Rank decides there, too: an image that was begun is finished before
+the next one is decoded, unless that one is more urgent, or many are in line and few views wait: then batches fill.
 
 A failed batch is run again part by part, so that only a bad image fails. What was lost with an engine that died is run
 once more when the engine is back, also part by part: what kills it a second time fails alone.
@@ -13,7 +16,7 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -33,6 +36,8 @@ _WINDOW = 0.5
 _CAUTION = 1.25
 _NOTHING = np.zeros((0, 0, 0, 3), np.uint8)
 
+Blocks = Sequence[Sequence[NDArray[np.uint8]]]  # of each member, views (n, h, w, 3) a block
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -40,7 +45,8 @@ class Tally:
 
     - sums: float64 (members, classes), softmax vectors summed over views
     - views: int64 (members,), how many were summed
-    - queue_seconds: from submission to the first batch; inference_seconds: from then to the last result
+    - queue_seconds: before it was decoded, and from then to the first batch; inference_seconds: from then to the
+      last result
     """
 
     sums: NDArray[np.float64]
@@ -63,11 +69,14 @@ class Job:
     active: bool = True  # until it is answered, failed or released
     sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     views: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    blocks: Sequence[Sequence[NDArray[np.uint8]]] = ()  # of each member
+    decode: "Callable[[], Blocks] | None" = None  # what gives its blocks, until someone has taken that on
+    blocks: Blocks = ()
+    held: int = 0  # bytes of the blocks
     asked: int = 0  # places of the plan that the stop rule has asked for
     done: int = 0  # of these, how many have a result
     spent: float = 0.0  # seconds of work, as planned
-    submitted: float = 0.0
+    since: float = 0.0  # when it began to wait: to be decoded, and then for its first batch
+    queued: float = 0.0  # seconds that it has waited for these
     started: float | None = None
     waiting: "set[Part]" = field(default_factory=set)
 
@@ -97,6 +106,14 @@ class Batch:
         return sum(len(part.views) for part in self.parts)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """An image to decode: `work` gives its blocks, or raises what is wrong with it."""
+
+    job: Job
+    work: Callable[[], Blocks]
+
+
 _Key = tuple[int, tuple[int, ...], int]  # member, shape of a view, 0 or a number for what must run alone
 
 
@@ -121,14 +138,21 @@ class Dispatcher:
     - streams: engine runs side by side
     - batch_pixels: pixels of all views in a full batch, by member
     - max_wait: predicted wait in seconds above which `admit` raises Overloaded
+    - max_bytes: of the views of decoded images in progress, from which on no further image is decoded
     """
 
-    def __init__(self, *, classes: int, streams: int, batch_pixels: Sequence[int], max_wait: float) -> None:
+    def __init__(
+        self, *, classes: int, streams: int, batch_pixels: Sequence[int], max_wait: float, max_bytes: float = math.inf
+    ) -> None:
         self._shape = (len(batch_pixels), classes)
         self._streams = streams
         self._batch_pixels = batch_pixels
         self._max_wait = max_wait
+        self._max_bytes = max_bytes
         self._numbers = itertools.count(1)
+        self._undecoded: list[tuple[float, int, Job]] = []  # a heap; those that have left stay in it until the top
+        self._to_decode = 0
+        self._held = 0
         self._queues: dict[_Key, _Queue] = {}
         self._paused: set[int] = set()
         self._backlog = Backlog()
@@ -146,6 +170,11 @@ class Dispatcher:
     def waiting_views(self) -> int:
         """Views that could be run now if an engine were free."""
         return sum(queue.views for queue in self._queues.values())
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of the views of images that are decoded and not answered."""
+        return self._held
 
     @property
     def images(self) -> int:
@@ -183,11 +212,21 @@ class Dispatcher:
             self._unfinished += plan.views
         return jobs
 
-    def submit(self, now: float, job: Job, blocks: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
-        """Queue what an admitted image needs first. `blocks`: of each member, uint8 (views, h, w, 3) a block."""
+    def put_in_line(self, now: float, job: Job, decode: Callable[[], Blocks]) -> None:
+        """Let an admitted image wait for someone to decode it. `decode` is not called here."""
         if not job.active:
             return
-        job.blocks, job.submitted = blocks, now
+        job.decode, job.since = decode, now
+        heapq.heappush(self._undecoded, (job.rank, job.order, job))
+        self._to_decode += 1
+
+    def submit(self, now: float, job: Job, blocks: Blocks) -> None:
+        """Queue what an admitted image needs first."""
+        if not job.active:
+            return
+        job.blocks, job.since = blocks, now
+        job.held = sum({id(block): block.nbytes for of_member in blocks for block in of_member}.values())
+        self._held += job.held
         job.sums, job.views = np.zeros(self._shape), np.zeros(self._shape[0], np.int64)
         self._ask(job)
 
@@ -200,7 +239,11 @@ class Dispatcher:
             self._shrink(part.queue, len(part.views))
             part.views = _NOTHING  # its place in the heap is found empty later
         job.waiting.clear()
-        job.blocks = ()
+        self._to_decode -= job.decode is not None
+        if not self._to_decode:
+            self._undecoded.clear()
+        job.decode, job.blocks = None, ()
+        self._held -= job.held
         self._backlog.leave(job.rank, job.expected)
         self._unfinished -= job.plan.views - job.done
         self._requests[job.request] -= 1
@@ -208,13 +251,17 @@ class Dispatcher:
             del self._requests[job.request]
         return True
 
-    def next(self, now: float) -> Batch | None:
-        """The next batch, or None if nothing can be run now."""
+    def can(self, *, decode: bool, run: bool) -> bool:
+        """Whether there is something for a thread that can do this."""
+        return (decode and self._may_decode) or (run and any(key[0] not in self._paused for key in self._queues))
+
+    def next(self, now: float, *, decode: bool = True, run: bool = True) -> Batch | Decoding | None:
+        """What a thread that can do this does next: run a batch or decode an image. None if there is nothing now."""
         heads = [(queue.head()[:3], key) for key, queue in self._queues.items() if key[0] not in self._paused]
-        if not heads:
-            return None
-        _, key = min(heads)
-        return self._take(key, now)
+        key = min(heads)[1] if run and heads else None
+        if decode and self._may_decode and (key is None or self._decodes_before(key)):
+            return self._take_undecoded(now)
+        return None if key is None else self._take(key, now)
 
     def done(self, batch: Batch, probabilities: NDArray[np.float32], now: float) -> list[Job]:
         """Add up the answers (n, classes) of a batch; the images that are done."""
@@ -263,7 +310,41 @@ class Dispatcher:
     def give_up(self, member: int) -> list[Job]:
         """The member's engine does not come back soon: the images that wait for it are given up."""
         waiting = {part.job for key, queue in self._queues.items() if key[0] == member for *_, part in queue.heap}
+        waiting |= {job for *_, job in self._undecoded if any(stage.member == member for stage in job.plan.stages)}
         return [job for job in waiting if self.release(job)]
+
+    @property
+    def _may_decode(self) -> bool:
+        return self._to_decode > 0 and self._held < self._max_bytes
+
+    def _first_undecoded(self) -> Job:
+        """There is one."""
+        while self._undecoded[0][-1].decode is None:
+            heapq.heappop(self._undecoded)
+        return self._undecoded[0][-1]
+
+    def _decodes_before(self, key: _Key) -> bool:
+        """Whether who can do both decodes an image before a batch of this queue is run.
+
+        Waiting for batches to fill makes runs cheaper, and images that are ready wait; so it is done as far as it costs
+        little: where many images are in line, as there are under load, and not where a few are.
+        """
+        ahead = self._queues[key].head()[0] - self._first_undecoded().rank
+        return ahead > 0 or (-ahead <= _WINDOW and self.waiting_views < min(self._full(key), self._to_decode))
+
+    def _take_undecoded(self, now: float) -> Decoding:
+        job = self._first_undecoded()
+        heapq.heappop(self._undecoded)
+        self._to_decode -= 1
+        assert job.decode is not None
+        work, job.decode = job.decode, None
+        job.queued = now - job.since
+        return Decoding(job, work)
+
+    def _full(self, key: _Key) -> int:
+        """Views in a full batch."""
+        member, (height, width, _), _ = key
+        return max(1, self._batch_pixels[member] // (height * width))
 
     def _ask(self, job: Job) -> bool:
         """Queue what the stop rule needs next. False if it needs nothing: the image is done."""
@@ -293,9 +374,10 @@ class Dispatcher:
 
     def _take(self, key: _Key, now: float) -> Batch:
         queue = self._queues[key]
-        member, (height, width, _), _ = key
-        # A lone image's views are shared out over the streams instead of leaving all but one idle.
-        room = min(max(1, self._batch_pixels[member] // (height * width)), math.ceil(queue.views / self._streams))
+        # Views are shared out over the streams where all but one would be idle otherwise.
+        room = self._full(key)
+        if not self._to_decode:
+            room = min(room, math.ceil(queue.views / self._streams))
         parts: list[Part] = []
         latest = queue.head()[0] + _WINDOW
         while room and queue.views and queue.head()[0] <= latest:
@@ -309,9 +391,10 @@ class Dispatcher:
                 part.views = part.views[count:]
             if part.job.started is None:
                 part.job.started = now
+                part.job.queued += now - part.job.since
             self._shrink(key, count)
             room -= count
-        return Batch(member, parts, sum(part.stage.seconds * len(part.views) for part in parts))
+        return Batch(key[0], parts, sum(part.stage.seconds * len(part.views) for part in parts))
 
     def _add(self, part: Part, probabilities: NDArray[np.float32]) -> bool:
         """Whether its image is done. What was released meanwhile is ignored."""

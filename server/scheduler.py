@@ -1,8 +1,11 @@
 """Continuous batching of views: the threads, the clock and the engines around the decisions in dispatch.py.
 
-Nothing polls. A worker sleeps until there is something to run; a batch starts when a worker is free and views are
+Nothing polls. A worker sleeps until there is something to do; a batch starts when a worker is free and views are
 waiting, so batches fill by themselves under load. New work wakes one worker, and a worker that leaves work behind wakes
 the next: a thread that is woken in vain costs as much as many a small thing that it could do.
+
+On a CPU, engines and decoders want the same cores, so there is one worker a core for both, which mostly runs itself
+what it has decoded. A GPU has workers of its own, which wait for it while others decode.
 
 When a run fails, the engine is asked for a view that it has answered before. If it does, the images are to blame, and
 are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while other
@@ -12,17 +15,19 @@ A run that does not end (hangs.py) can't be stopped: what waits for that engine 
 """
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ensemble.export import host
 from resnet_ensemble.export.engines import Engine
-from resnet_ensemble.server.dispatch import Batch, Dispatcher, Job, Tally
+from resnet_ensemble.server.dispatch import Batch, Blocks, Decoding, Dispatcher, Job, Tally
 from resnet_ensemble.server.hangs import Run, Runs
 from resnet_ensemble.server.plan import Plan
 from resnet_ensemble.server.stopping import SLACK, StopRule
@@ -56,11 +61,29 @@ class Observer:
         """A member's engine does not end a run."""
 
 
+class _Role(NamedTuple):
+    """What a worker does."""
+
+    name: str
+    decodes: bool
+    runs: bool
+
+
+def _roles(streams: int, decoders: int, *, shared: bool) -> list[_Role]:
+    """Of each worker."""
+    decoder = _Role("decoder", decodes=True, runs=False)
+    if shared:
+        return [_Role("engine", decodes=True, runs=True)] * streams + [decoder] * (decoders - streams)
+    return [_Role("engine", decodes=False, runs=True)] * streams + [decoder] * decoders
+
+
 class Scheduler:
     """Runs jobs on one engine a member.
 
     - lone: of each member, an engine for views that nothing else runs beside, or None; one that fails is not used again
-    - classes, streams, batch_pixels, max_wait: as in Dispatcher
+    - classes, streams, batch_pixels, max_wait, max_bytes: as in Dispatcher
+    - decoders: images that are decoded side by side
+    - shared: whether engines run on the cores that decode
     - probes: of each member, views uint8 (n, h, w, 3) that a sound engine answers
     - reopen: opens a member's engine anew; without it, an engine that dies stays dead
     - run_limit: seconds after which a run hangs (hangs.py)
@@ -75,6 +98,9 @@ class Scheduler:
         streams: int,
         batch_pixels: Sequence[int],
         max_wait: float,
+        max_bytes: float = math.inf,
+        decoders: int = 1,
+        shared: bool = True,
         probes: Sequence[NDArray[np.uint8]],
         reopen: Callable[[int], Engine],
         run_limit: float = 60.0,
@@ -86,18 +112,25 @@ class Scheduler:
         self._probes = probes
         self._open = reopen
         self._observer = observer or Observer()
-        self._decide = Dispatcher(classes=classes, streams=streams, batch_pixels=batch_pixels, max_wait=max_wait)
+        self._decide = Dispatcher(
+            classes=classes, streams=streams, batch_pixels=batch_pixels, max_wait=max_wait, max_bytes=max_bytes
+        )
         self._lock = threading.Lock()  # guards everything below and the decisions
-        self._work_waits = threading.Condition(self._lock)
+        roles = _roles(streams, decoders, shared=shared)
+        self._work_waits = {role: threading.Condition(self._lock) for role in roles}
         self._run_ended = threading.Condition(self._lock)  # for who waits until an engine is not used any more
         self._running: Counter[int] = Counter()  # batches on each member's engine
+        self._decoding = 0  # images
         self._down: dict[int, str] = {}  # members whose engine is being opened anew, and why it has not succeeded yet
         self._runs: Runs[Batch] = Runs(run_limit)  # by the thread that runs it
         self._hung: dict[Hashable, Run[Batch]] = {}  # of these, the overdue, when they were looked at last
         self._look_every = run_limit / 4  # seconds
         self._closing, self._closed = threading.Event(), threading.Event()
         self._reopening: list[threading.Thread] = []
-        self._workers = [threading.Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(streams)]
+        self._workers = [
+            threading.Thread(target=self._work, args=(role,), name=f"{role.name}-{i}", daemon=True)
+            for i, role in enumerate(roles)
+        ]
         self._watcher = threading.Thread(target=self._watch, name="engine-watcher", daemon=True)
         for thread in (*self._workers, self._watcher):
             thread.start()
@@ -138,6 +171,11 @@ class Scheduler:
         with self._lock:
             return self._decide.waiting_views
 
+    def view_bytes(self) -> int:
+        """Bytes of the views of images that are decoded and not answered."""
+        with self._lock:
+            return self._decide.view_bytes
+
     def check(self, deadline: float) -> None:
         """Raise Overloaded if an image that came now, to be answered by then, would not be taken."""
         with self._lock:
@@ -148,11 +186,17 @@ class Scheduler:
         with self._lock:
             return self._decide.admit(time.monotonic(), deadline, plan, rule, images)
 
-    def submit(self, job: Job, blocks: Sequence[Sequence[NDArray[np.uint8]]]) -> None:
-        """Queue an admitted image's views: of each member, uint8 (views, h, w, 3) a block. Its future is set later."""
+    def decode(self, job: Job, work: Callable[[], Blocks]) -> None:
+        """Decode an admitted image when its turn comes, and run it. Its future is set later, even if `work` fails."""
+        with self._lock:
+            self._decide.put_in_line(time.monotonic(), job, work)
+            self._wake()
+
+    def submit(self, job: Job, blocks: Blocks) -> None:
+        """Queue an admitted image's views, which are there already. Its future is set later."""
         with self._lock:
             self._decide.submit(time.monotonic(), job, blocks)
-            self._work_waits.notify()
+            self._wake()
 
     def release(self, job: Job) -> None:
         """Forget a job: its waiting views leave the queues and its room is free. Without effect on a finished one."""
@@ -160,6 +204,7 @@ class Scheduler:
             return
         with self._lock:
             released = self._decide.release(job)
+            self._wake()  # there may be room to decode another one
         if released and job.future.cancel():
             job.future.set_running_or_notify_cancel()  # wakes whoever waits for it
 
@@ -167,6 +212,7 @@ class Scheduler:
         """Answer a job with an error. Without effect on a finished one."""
         with self._lock:
             released = self._decide.release(job)
+            self._wake()
         if released and job.future.set_running_or_notify_cancel():
             job.future.set_exception(error)
 
@@ -174,7 +220,7 @@ class Scheduler:
         """Run what is queued, then stop the workers. What hangs is not waited for."""
         self._closing.set()
         with self._lock:
-            self._work_waits.notify_all()
+            self._wake_all()
         for thread in (*self._workers, *self._reopening):
             while thread.is_alive() and not self._waits_for_ever(thread):
                 thread.join(self._look_every)
@@ -203,30 +249,76 @@ class Scheduler:
                 self._decide.pause(member)
                 waiting += self._decide.give_up(member)
             if overdue:
-                self._work_waits.notify_all()
+                self._wake_all()
         for member in fresh:
             log.critical("the engine of member %d does not end a run: restart this process", member)
             self._observer.hung(member)
         self._give_up(waiting, EngineHung())
 
-    def _work(self) -> None:
+    def _wake(self) -> None:
+        """Wake a worker for what waits, if one sleeps. Called with the lock held, as the next."""
+        for role, waiting in self._work_waits.items():
+            if self._decide.can(decode=role.decodes, run=role.runs):
+                waiting.notify()
+
+    def _wake_all(self) -> None:
+        for waiting in self._work_waits.values():
+            waiting.notify_all()
+
+    def _work(self, role: _Role) -> None:
         host.give_way()
-        while True:
-            with self._lock:
-                while (batch := self._decide.next(time.monotonic())) is None:
-                    running = self._running.total() - len(self._hung)
-                    if self._closing.is_set() and not self._decide.waiting_views and not running:
-                        self._work_waits.notify_all()
-                        return
-                    self._work_waits.wait()
-                engine, lone = self._engines[batch.member], None
-                if not self._running.total() and not self._decide.waiting_views:
-                    lone = self._lone[batch.member]
-                self._running[batch.member] += 1
-                self._runs.begin(threading.get_ident(), batch, batch.seconds, time.monotonic())
-                if self._decide.waiting_views:
-                    self._work_waits.notify()
-            self._run(batch, engine, lone)
+        while (work := self._next(role)) is not None:
+            work()
+            del work  # an image, or views, that nobody needs while this thread waits
+
+    def _next(self, role: _Role) -> Callable[[], None] | None:
+        """Wait for work. None if there is nothing to come: it is closing."""
+        with self._lock:
+            while (work := self._take(role)) is None:
+                self._wake()
+                if self._closing.is_set() and not self._more_may_come():
+                    self._wake_all()
+                    return None
+                self._work_waits[role].wait()
+            begun = self._begin_decoding(work) if isinstance(work, Decoding) else self._begin(work)
+            self._wake()
+            return begun
+
+    def _take(self, role: _Role) -> Batch | Decoding | None:
+        # What nobody waits for any more is not decoded.
+        decodes = role.decodes and not self._closing.is_set()
+        return self._decide.next(time.monotonic(), decode=decodes, run=role.runs)
+
+    def _more_may_come(self) -> bool:
+        running = self._running.total() - len(self._hung)
+        return bool(self._decide.waiting_views or running or self._decoding)
+
+    def _begin_decoding(self, decoding: Decoding) -> Callable[[], None]:
+        self._decoding += 1
+        return lambda: self._decode(decoding)
+
+    def _begin(self, batch: Batch) -> Callable[[], None]:
+        engine = self._engines[batch.member]
+        alone = self._decide.images <= 1 and not self._decide.waiting_views and not self._running.total()
+        lone = self._lone[batch.member] if alone else None
+        self._running[batch.member] += 1
+        self._runs.begin(threading.get_ident(), batch, batch.seconds, time.monotonic())
+        return lambda: self._run(batch, engine, lone)
+
+    def _decode(self, decoding: Decoding) -> None:
+        blocks, failure = None, None
+        try:
+            blocks = decoding.work()
+        except Exception as error:  # noqa: BLE001  # this thread goes on; who waits for the image is told
+            failure = error
+        with self._lock:
+            self._decoding -= 1
+            if blocks is not None:
+                self._decide.submit(time.monotonic(), decoding.job, blocks)
+            if self._closing.is_set():
+                self._wake_all()
+        if failure is not None:
+            self.fail(decoding.job, failure)
 
     def _run(self, batch: Batch, engine: Engine, lone: Engine | None) -> None:
         began = formed = time.monotonic()
@@ -247,8 +339,8 @@ class Scheduler:
             self._finished(batch)
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
-                started = job.submitted if job.started is None else job.started
-                job.future.set_result(Tally(job.sums, job.views, started - job.submitted, now - started))
+                started = now if job.started is None else job.started
+                job.future.set_result(Tally(job.sums, job.views, job.queued, now - started))
         self._observer.batch(batch.member, len(views), formed - began, now - formed)
 
     def _lone_answer(self, member: int, lone: Engine, views: NDArray[np.uint8]) -> NDArray[np.float32] | None:
@@ -270,7 +362,7 @@ class Scheduler:
             log.warning("the engine of member %d has ended its run after all", batch.member)
             if batch.member not in self._down | {run.what.member: "" for run in self._hung.values()}:
                 self._decide.resume(batch.member)
-                self._work_waits.notify_all()
+                self._wake_all()
         self._run_ended.notify_all()
 
     def _check(self, probabilities: NDArray[np.float32], views: int) -> None:
@@ -328,7 +420,7 @@ class Scheduler:
             del self._down[member]
             self._decide.resume(member)
             self._reopening.remove(threading.current_thread())
-            self._work_waits.notify_all()
+            self._wake_all()
         log.warning("the engine of member %d was opened anew", member)
         self._observer.restarted(member)
 
@@ -342,7 +434,7 @@ class Scheduler:
             with self._lock:
                 self._down[member] = f"{type(error).__name__}: {error}"
                 waiting = self._decide.give_up(member)
-                self._work_waits.notify_all()
+                self._wake_all()
             self._give_up(waiting, error)
             return None
         return fresh

@@ -206,7 +206,7 @@ class Service:
             info = engine.info
             measured.engine.labels(member.name, info.backend, info.version, info.precision, info.device).set(1)
         measured.waiting_views.set_function(classifier.scheduler.waiting_views)
-        measured.waiting_view_bytes.set_function(lambda: classifier.waiting_view_bytes)
+        measured.waiting_view_bytes.set_function(classifier.scheduler.view_bytes)
         measured.unfinished_views.set_function(classifier.scheduler.unfinished_views)
         measured.predicted_wait.set_function(classifier.scheduler.predicted_wait)
         measured.ready.set_function(lambda: not classifier.scheduler.down)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +33,11 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shipped() -> Bundle:
-    return Bundle.open(ROOT / "bundles" / "cifar10")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy: beside the bundle itself there may be engines, which answer a bit differently."""
+    return Bundle.open(
+        Path(shutil.copytree(ROOT / "bundles" / "cifar10", tmp_path_factory.mktemp("shipped") / "cifar10"))
+    )
 
 
 @pytest.fixture(scope="session")

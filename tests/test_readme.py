@@ -22,8 +22,8 @@ def readme(root: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with process() as (_, url):
+def server(shipped: Bundle) -> Iterator[str]:
+    with process(RESNET_BUNDLE=str(shipped.path)) as (_, url):
         wait_until_ready(url)
         yield url.removeprefix("http://")
 

@@ -75,7 +75,7 @@ def test_a_request_that_is_cancelled_at_any_moment_frees_its_room(
     asyncio.run(cancel_after_turns())
 
     assert classifier.scheduler.unfinished_views() == 0
-    assert classifier.waiting_view_bytes == 0
+    assert classifier.scheduler.view_bytes() == 0
 
 
 def test_hundreds_of_clients_that_leave_at_any_moment_leave_nothing_behind(
@@ -102,7 +102,7 @@ def test_hundreds_of_clients_that_leave_at_any_moment_leave_nothing_behind(
     assert answer.timings_ms.queue < 1000  # nothing of the others was ahead of it
     assert classifier.scheduler.unfinished_views() == classifier.scheduler.waiting_views() == 0
     assert classifier.scheduler.predicted_wait() == 0
-    assert classifier.waiting_view_bytes == 0
+    assert classifier.scheduler.view_bytes() == 0
 
 
 def test_a_single_image_is_answered_before_a_large_request_that_came_first(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from resnet_ensemble.server.admission import Overloaded
-from resnet_ensemble.server.dispatch import Batch, Dispatcher, Job
+from resnet_ensemble.server.dispatch import Batch, Blocks, Decoding, Dispatcher, Job
 from resnet_ensemble.server.plan import Plan, cheapest_first
 from resnet_ensemble.server.stopping import RULES, decided, equal_weights
 
@@ -51,16 +51,39 @@ def add(found: Dispatcher, label: int, *, now: float = 0.0, rule: Any = FULL, **
     return job
 
 
+def in_line(found: Dispatcher, label: int, *, now: float = 0.0, timeout: float = 1e6, **options: Any) -> Job:
+    """An admitted image that is not decoded."""
+    (job,) = found.admit(now, now + timeout, PLAN, FULL, 1)
+    found.put_in_line(now, job, lambda: [[views(label, **options)], [views(label, **options)]])
+    return job
+
+
+def next_batch(found: Dispatcher, now: float = 0.0) -> Batch:
+    batch = found.next(now, decode=False)
+    assert isinstance(batch, Batch)
+    return batch
+
+
 def run(found: Dispatcher, now: float = 0.0) -> tuple[Batch, list[Job]]:
-    batch = found.next(now)
-    assert batch is not None
+    batch = next_batch(found, now)
     return batch, found.done(batch, answers(batch), now + batch.seconds)
+
+
+def work(found: Dispatcher, now: float = 0.0) -> Job | Batch:
+    """Do what comes next."""
+    what = found.next(now)
+    if isinstance(what, Decoding):
+        found.submit(now, what.job, what.work())
+        return what.job
+    assert what is not None
+    found.done(what, answers(what), now)
+    return what
 
 
 def run_all(found: Dispatcher, slowness: float = 1.0) -> list[tuple[int, int]]:
     """(member, views) of every batch until nothing waits."""
     ran, now = [], 0.0
-    while (batch := found.next(now)) is not None:
+    while isinstance(batch := found.next(now), Batch):
         now += slowness * batch.seconds
         found.done(batch, answers(batch), now)
         ran.append((batch.member, batch.views))
@@ -146,8 +169,7 @@ def test_a_released_image_leaves_the_queues_at_once() -> None:
 def test_an_image_that_is_released_while_it_runs_is_ignored() -> None:
     found = dispatcher()
     job = add(found, 1)
-    batch = found.next(0.0)
-    assert batch
+    batch = next_batch(found)
     found.release(job)
 
     assert found.done(batch, answers(batch), 1.0) == []
@@ -163,15 +185,124 @@ def test_an_image_that_is_released_before_it_is_decoded_is_not_queued() -> None:
     assert found.next(0.0) is None
 
 
+def test_an_image_that_was_begun_is_finished_before_the_next_one_is_decoded() -> None:
+    found = dispatcher(batch_pixels=[10, 10])
+    first, second = in_line(found, 1), in_line(found, 2)
+
+    done = [work(found) for _ in range(6)]
+
+    assert done[0] is first
+    assert [batch.member for batch in done[1:3] if isinstance(batch, Batch)] == [0, 1]
+    assert done[3] is second
+
+
+def test_batches_are_filled_where_many_images_are_in_line() -> None:
+    found = dispatcher(batch_pixels=[4])
+    plan = cheapest_first("center", [[1.0]], [1])
+    jobs = [found.admit(0.0, 1e6, plan, FULL, 1)[0] for _ in range(9)]
+    for job in jobs:
+        found.put_in_line(0.0, job, lambda: [[views(1, count=1)]])
+
+    done = [work(found) for _ in range(12)]
+
+    assert [batch.views for batch in done if isinstance(batch, Batch)] == [4, 3, 1]
+    assert done[4] not in jobs
+
+
+def test_a_few_images_in_line_do_not_keep_a_decoded_one_waiting() -> None:
+    found = dispatcher()
+    first, second, *_ = (in_line(found, label) for label in range(8))
+
+    assert work(found) is first  # its 10 views are more than 7 images
+    assert isinstance(work(found), Batch)
+    assert isinstance(work(found), Batch)
+    assert work(found) is second
+
+
+def test_an_urgent_image_is_decoded_before_others_are_run() -> None:
+    found = dispatcher(batch_pixels=[5, 5], max_wait=1000.0)
+    patient = in_line(found, 1)
+    assert work(found) is patient
+    urgent = in_line(found, 2, timeout=20.0)
+
+    assert work(found) is urgent
+    batch = work(found)
+    assert isinstance(batch, Batch)
+    assert {part.job for part in batch.parts} == {urgent}
+
+
+def test_who_only_decodes_or_only_runs_gets_nothing_else() -> None:
+    found = dispatcher()
+    first, second = in_line(found, 1), in_line(found, 2)
+    assert found.can(decode=True, run=False)
+    assert not found.can(decode=False, run=True)
+    assert found.next(0.0, decode=False) is None
+
+    assert work(found) is first
+    assert found.can(decode=False, run=True)
+    decoding = found.next(0.0, run=False)
+    assert isinstance(decoding, Decoding)
+    assert decoding.job is second
+    assert found.next(0.0, run=False) is None
+
+
+def test_nothing_is_decoded_while_too_many_bytes_of_views_are_held() -> None:
+    found = dispatcher(max_bytes=10 * 3)
+    first, second = in_line(found, 1), in_line(found, 2)
+    assert work(found) is first
+    assert found.view_bytes == 2 * 10 * 3
+    assert found.next(0.0, run=False) is None
+
+    found.release(first)
+    assert found.view_bytes == 0
+    assert work(found) is second
+
+
+def test_views_that_members_share_are_counted_once() -> None:
+    found = dispatcher()
+    (job,) = found.admit(0.0, 1e6, PLAN, FULL, 1)
+    same = [views(1)]
+    found.submit(0.0, job, [same, same])
+
+    assert found.view_bytes == 10 * 3
+
+
+def test_an_image_that_is_released_before_its_turn_is_never_decoded() -> None:
+    found = dispatcher()
+    dropped, kept = in_line(found, 1), in_line(found, 2)
+    found.release(dropped)
+
+    assert work(found) is kept
+    found.release(kept)
+    assert not found.can(decode=True, run=True)
+
+
+def test_images_in_line_for_an_engine_that_is_gone_are_given_up() -> None:
+    found = dispatcher()
+    job = in_line(found, 1)
+
+    assert found.give_up(1) == [job]
+    assert found.next(0.0) is None
+
+
+def test_the_time_in_line_and_in_the_queue_counts_as_waiting() -> None:
+    found = dispatcher()
+    job = in_line(found, 1, now=10.0)
+    decoding = found.next(12.0)
+    assert isinstance(decoding, Decoding)
+    found.submit(15.0, job, decoding.work())
+    next_batch(found, 19.0)
+
+    assert job.queued == 2 + 4
+
+
 def test_a_failed_batch_is_run_part_by_part_and_one_bad_image_fails_alone() -> None:
     found = dispatcher()
     jobs = [add(found, label) for label in range(3)]
-    batch = found.next(0.0)
-    assert batch
+    batch = next_batch(found)
     assert found.failed(batch) == []
 
-    first = found.next(0.0)
-    assert first
+    first = next_batch(found)
     assert [part.job for part in first.parts] == [jobs[0]]
     assert found.failed(first) == [jobs[0]]
     run_all(found)
@@ -182,8 +313,7 @@ def test_a_failed_batch_is_run_part_by_part_and_one_bad_image_fails_alone() -> N
 def test_what_is_lost_with_an_engine_is_run_once_more_when_it_is_back() -> None:
     found = dispatcher()
     job = add(found, 1)
-    batch = found.next(0.0)
-    assert batch
+    batch = next_batch(found)
     found.pause(0)
     assert found.lost(batch, first=True) == []
     run_all(found)
@@ -199,8 +329,7 @@ def test_what_kills_an_engine_twice_is_given_up() -> None:
     found = dispatcher()
     job = add(found, 1)
     for given_up in ([], [job]):
-        batch = found.next(0.0)
-        assert batch
+        batch = next_batch(found)
         assert found.lost(batch, first=True) == given_up
     assert found.images == 0
 
@@ -209,8 +338,7 @@ def test_what_ran_beside_a_batch_that_killed_the_engine_is_not_to_blame() -> Non
     found = dispatcher(streams=2)
     job = add(found, 1)
     for _ in range(3):
-        batch = found.next(0.0)
-        assert batch
+        batch = next_batch(found)
         assert found.lost(batch, first=False) == []
     run_all(found)
 
@@ -326,8 +454,7 @@ class World:
     refused: int = 0
     busy: int = 0
     dead: dict[int, int] = field(default_factory=dict)  # member: batches that still run on its dead engine
-    decode: float = 0.0  # seconds of an image, one after the other; if 0, many at once, in no time
-    decoded: float = 0.0  # when the decoder is free
+    decode: float = 0.002  # seconds of an image
     numbers: Any = field(default_factory=itertools.count)
 
     def at(self, delay: float, event: Callable[[], None]) -> None:
@@ -337,10 +464,13 @@ class World:
         while self.events:
             self.now, _, event = heapq.heappop(self.events)
             event()
-            while self.busy < self.streams and (batch := self.found.next(self.now)) is not None:
+            while self.busy < self.streams and (what := self.found.next(self.now)) is not None:
                 self.busy += 1
-                seconds = batch.seconds * self.random.uniform(0.8, 1.2)
-                self.at(seconds, lambda batch=batch: self.finish(batch))  # type: ignore[misc]
+                vary = self.random.uniform(0.8, 1.2)
+                if isinstance(what, Decoding):
+                    self.at(self.decode * vary, lambda decoding=what: self.decoded(decoding))  # type: ignore[misc]
+                else:
+                    self.at(what.seconds * vary, lambda batch=what: self.finish(batch))  # type: ignore[misc]
 
     def arrive(self, count: int, timeout: float) -> None:
         plan, rule = self.random.choice(self.plans), self.random.choice([FULL, EXACT])
@@ -353,16 +483,14 @@ class World:
         images = [self.image(job, plan, timeout) for job in jobs]
         self.requests.append(images)
         for image in images:
-            self.at(self.decoding(), lambda image=image: self.submit(image))  # type: ignore[misc]
+            self.found.put_in_line(self.now, image.job, lambda image=image: self.blocks(image))  # type: ignore[misc]
             self.at(timeout, lambda image=image: self.leave(image))  # type: ignore[misc]
         if self.failures and self.random.random() < 0.1:
             self.at(self.random.uniform(0, 1), lambda: [self.leave(image) for image in images])  # type: ignore[func-returns-value]
 
-    def decoding(self) -> float:
-        if not self.decode:
-            return self.random.uniform(0, 0.01)
-        self.decoded = max(self.decoded, self.now) + self.decode
-        return self.decoded - self.now
+    def decoded(self, decoding: Decoding) -> None:
+        self.busy -= 1
+        self.found.submit(self.now, decoding.job, decoding.work())
 
     def image(self, job: Job, plan: Plan, timeout: float) -> Image:
         kind = self.random.choices([SOUND, BAD, DEADLY], [200, 2, 0.2])[0] if self.failures else SOUND
@@ -371,14 +499,14 @@ class World:
         self.images[job] = Image(self.random.randrange(CLASSES), sureness, kind, job, self.now, timeout)
         return self.images[job]
 
-    def submit(self, image: Image) -> None:
+    def blocks(self, image: Image) -> Blocks:
         plan = image.job.plan
-        blocks: list[list[Any]] = [[None] * 2 for _ in range(3)]
+        blocks = [[np.zeros((0, 1, 1, 3), np.uint8)] * 2 for _ in range(3)]
         for stage in plan.stages:
             array = views(image.label, stage.views, 1 + stage.block, kind=image.kind)
             array[..., 1] = image.sureness[stage.first : stage.first + stage.views, None, None]
             blocks[stage.member][stage.block] = array
-        self.found.submit(self.now, image.job, blocks)
+        return blocks
 
     def leave(self, image: Image) -> None:
         if self.found.release(image.job):
@@ -410,7 +538,7 @@ class World:
 
 
 def simulate(
-    seed: int, *, arrivals: int, load: float, failures: bool, streams: int = 2, large: int = 60, decode: float = 0.0
+    seed: int, *, arrivals: int, load: float, failures: bool, streams: int = 2, large: int = 60, decode: float = 0.002
 ) -> World:
     chance = random.Random(seed)
     plans = [
@@ -435,6 +563,7 @@ def simulate(
 def check(world: World) -> None:
     found = world.found
     assert (found.images, found.unfinished_views, found.waiting_views, found.predicted_wait()) == (0, 0, 0, 0)
+    assert found.view_bytes == 0
     for image in world.images.values():
         (end,) = image.ends  # exactly once
         if end == "answered":
@@ -485,11 +614,12 @@ def test_nobody_starves_and_nobody_waits_much_longer_than_was_predicted() -> Non
 
 
 def test_what_is_taken_waits_no_longer_than_the_limit_where_decoding_holds_everything_up() -> None:
-    decode = 0.3  # ten times what the engines need
+    decode = 0.6  # ten times what the engines need
     world = simulate(11, arrivals=900, load=0.3, failures=False, large=1, decode=decode)
 
     check(world)
-    answered = [image for image in world.images.values() if image.ends == ["answered"]]
+    firsts = [images[0] for images in world.requests]  # later images of a request let others pass
+    answered = [image for image in firsts if image.ends == ["answered"]]
     learned = [image.ended - image.arrived for image in answered if image.arrived > 5.0]
     assert world.refused > 300
     assert len(learned) > 100

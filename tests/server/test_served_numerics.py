@@ -24,8 +24,8 @@ RAW = {"Content-Type": "image/png"}
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[TestClient]:
-    with TestClient(create_app(Service(Settings()))) as ready:
+def client(shipped: Bundle) -> Iterator[TestClient]:
+    with TestClient(create_app(Service(Settings(bundle=shipped.path)))) as ready:
         wait_until_ready(ready)
         yield ready
 
