@@ -22,7 +22,7 @@ def apply(probabilities: NDArray[np.float64], temperature: float) -> NDArray[np.
     The largest of each must be above 0. What an engine has put below 0 counts as 0.
     """
     largest = probabilities.max(axis=-1, keepdims=True)
-    scaled = np.maximum(probabilities / largest, 0) ** (1 / temperature)
+    scaled = (np.maximum(probabilities, 0) / largest) ** (1 / temperature)
     scaled /= scaled.sum(axis=-1, keepdims=True)
     peak = scaled.max(axis=-1, keepdims=True)
     result: NDArray[np.float64] = np.where(probabilities == largest, peak, np.minimum(scaled, np.nextafter(peak, 0)))

@@ -22,6 +22,10 @@ def test_no_temperature_changes_a_label(means: np.ndarray, value: float) -> None
     assert (result >= 0).all()
 
 
+def test_a_largest_probability_that_is_next_to_nothing_does_not_overflow() -> None:
+    assert temperature.apply(np.array([5e-324, -0.005]), 1.0).tolist() == [1.0, 0.0]
+
+
 def test_a_difference_that_rounding_would_lose_stays() -> None:
     means = np.array([0.5, np.nextafter(0.5, 1)])
 
