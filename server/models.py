@@ -93,14 +93,15 @@ class EnsembleModel:
             results.append(result)
         means = np.array([result.mean.ensemble for result in results])  # (n, classes)
         indices = np.array([ensemble.top(mean, 1)[0] for mean in means])
+        unsure = np.array([ensemble.uncertainty(result.mean) for result in results], np.float32)
         return {
             "probabilities": means.astype(np.float32),
             "label": np.array(self.classifier.bundle.manifest.labels)[indices],
             "index": indices.astype(np.int64),
             "views_used": np.array([result.used for result in results], np.int64),
             "certain": np.array([result.certain() for result in results]),
-            "entropy": ensemble.entropy(means).astype(np.float32),
-            "mutual_information": np.array([ensemble.mutual_information(r.mean) for r in results], np.float32),
+            "entropy": unsure[:, 0],
+            "mutual_information": unsure[:, 1],
         }
 
 

@@ -30,8 +30,10 @@ class LimitedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._before_body:
-            head, end, rest = data.partition(b"\r\n\r\n")
-            data = _UPGRADE.sub(b"\r\nX-Ignored:", head) + end + rest
+            end = data.find(b"\r\n\r\n")
+            head = data if end < 0 else data[:end]
+            if _UPGRADE.search(head):
+                data = _UPGRADE.sub(b"\r\nX-Ignored:", head) + data[len(head) :]
         super().data_received(data)
         if self._in_head:
             self._head += len(data)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from resnet_ensemble.server.ensemble import average, entropy, mutual_information, top
+from resnet_ensemble.server.ensemble import average, entropy, top, uncertainty
 
 MEMBERS, CLASSES = 3, 5
 SUMS = hnp.arrays(np.float64, (MEMBERS, CLASSES), elements=st.floats(0, 10))
@@ -59,7 +59,7 @@ def test_a_member_that_has_seen_no_view_has_no_say() -> None:
 
     assert mean.ensemble.tolist() == [0.75, 0.25]
     assert mean.members.tolist() == [[0.75, 0.25], [0.0, 0.0]]
-    assert mutual_information(mean) == 0
+    assert uncertainty(mean)[1] == 0
 
 
 def test_entropy_is_0_for_the_sure_and_the_logarithm_for_the_undecided() -> None:
@@ -74,7 +74,7 @@ def test_entropy_of_what_rounding_left_a_little_outside_is_a_number() -> None:
 def test_mutual_information_is_disagreement_not_doubt(members: list[list[float]], expected: float) -> None:
     views = np.array([10, 10])
 
-    assert mutual_information(average(10.0 * np.array(members), views)) == pytest.approx(expected)
+    assert uncertainty(average(10.0 * np.array(members), views))[1] == pytest.approx(expected)
 
 
 @given(seed=st.integers(0, 2**32), views=hnp.arrays(np.int64, MEMBERS, elements=st.integers(0, 40)))
@@ -82,4 +82,7 @@ def test_mutual_information_is_between_0_and_the_entropy(seed: int, views: np.nd
     views[0] += 1
     mean = average(softmax((MEMBERS, CLASSES), seed) * views[:, None], views)
 
-    assert 0 <= mutual_information(mean) <= entropy(mean.ensemble)
+    of_mean, mutual_information = uncertainty(mean)
+
+    assert of_mean == entropy(mean.ensemble)
+    assert 0 <= mutual_information <= of_mean
