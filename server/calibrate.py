@@ -45,6 +45,7 @@ from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes, make_bloc
 
 SEED = 0
 _IMAGES_A_RUN = 8  # 80 views of ten crops
+_FEWEST = 3  # one of three searches
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,13 @@ def check_count(count: int, planned: int, disagreement: float, confidence: float
     """Raise TooFewImages if so many can't show what is asked."""
     if planned < 2:
         raise TooFewImages("the plan has a single view, which no stop rule can save; choose a protocol with more")
-    needed = max(3, thresholds.images_needed(disagreement, confidence))  # one of three searches
+    needed = max(_FEWEST, thresholds.images_needed(disagreement, confidence))
     if count < needed:
         reachable = math.ceil(1e4 * thresholds.smallest_disagreement(count, confidence)) / 1e4
+        possible = count >= _FEWEST and reachable < 1
         raise TooFewImages(
             f"{count} images can't certify a disagreement of at most {disagreement:g} with confidence {confidence:g}: "
-            f"it takes at least {needed}; with these, ask for --disagreement {reachable:g} or more"
+            f"it takes at least {needed}" + (f"; with these, ask for --disagreement {reachable:g} or more" * possible)
         )
 
 
