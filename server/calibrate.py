@@ -9,8 +9,9 @@ server/thresholds.py for the method and for what is not promised. The result is 
 it belongs to these weights, backends and precisions.
 
 IMAGES holds pictures, in one folder for each label or not, or CIFAR's official files, of which the validation images
-are taken. They must be drawn like those to be served, and independently: frames of one film are not. With labels, one
-temperature for each stop rule is fitted too, and errors are reported.
+are taken. They must be drawn like those to be served, and independently: frames of one film are not. Decide on
+--disagreement before: who tries several on the same images and keeps the best has less confidence than it says. With
+labels, one temperature for each stop rule is fitted too, and errors are reported.
 """
 
 import argparse
