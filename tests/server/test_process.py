@@ -90,7 +90,10 @@ def test_sigterm_answers_every_accepted_request_and_exits_with_0(shipped: Bundle
 def test_what_is_not_answered_at_the_drain_limit_is_told_so(shipped: Bundle) -> None:
     ship = (shipped.path / "golden" / "ship.png").read_bytes()
     with (
-        process(RESNET_MAX_IMAGES_PER_REQUEST=str(MANY), RESNET_DRAIN_SECONDS="1") as (running, url),
+        process(RESNET_MAX_IMAGES_PER_REQUEST=str(MANY), RESNET_MAX_WAIT_SECONDS="600", RESNET_DRAIN_SECONDS="1") as (
+            running,
+            url,
+        ),
         httpx2.Client(timeout=60) as client,
         ThreadPoolExecutor(2) as pool,
     ):
