@@ -17,7 +17,7 @@ def cores() -> int:
     Python and ONNX Runtime count the machine's cores, which in a container are not ours.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(affinity, _quota(Path("/sys/fs/cgroup/cpu.max")) or affinity))
+    return max(1, min(affinity, _quota(Path("/sys/fs/cgroup")) or affinity))
 
 
 def give_way() -> None:
@@ -46,10 +46,13 @@ def cpu() -> str:
     return " ".join([about.get("model name", platform.machine()).strip(), *flags])
 
 
-def _quota(file: Path) -> int | None:
-    """Cores of a cgroup v2 `cpu.max` file ("200000 100000": two), None without a limit."""
+def _quota(cgroup: Path) -> int | None:
+    """Cores of a cgroup, None without a limit: "200000 100000" in `cpu.max` is two. Version 1 has two files."""
+    files = [cgroup / "cpu.max"]
+    if not files[0].exists():
+        files = [cgroup / "cpu" / "cpu.cfs_quota_us", cgroup / "cpu" / "cpu.cfs_period_us"]
     try:
-        quota, period = file.read_text().split()
-    except (OSError, ValueError):  # no cgroup v2 here
+        quota, period = " ".join(file.read_text() for file in files).split()
+    except (OSError, ValueError):  # no cgroups here
         return None
-    return None if quota == "max" else math.ceil(int(quota) / int(period))
+    return None if quota in ("max", "-1") else math.ceil(int(quota) / int(period))

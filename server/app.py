@@ -1,6 +1,5 @@
 """The HTTP interface."""
 
-import asyncio
 import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -26,6 +25,7 @@ from resnet_ensemble.server.connection import (
     service_of,
     timeout_of,
     unless_disconnected,
+    upload_limit,
 )
 from resnet_ensemble.server.envelope import Envelope
 from resnet_ensemble.server.errors import CONTENT_TYPE, KINDS, ApiError, problem
@@ -148,12 +148,8 @@ async def _predict(
 ) -> Response:
     settings = service.settings
     with service.memory.hold(body_size(request, settings.max_request_bytes)):
-        try:
-            async with asyncio.timeout(settings.upload_seconds):
-                upload = await uploads.read(request, settings)
-        except TimeoutError:
-            allowed = settings.upload_seconds
-            raise ApiError("slow_upload", f"the request's body did not arrive within {allowed:g} s") from None
+        async with upload_limit(settings.upload_seconds, deadline):
+            upload = await uploads.read(request, settings)
         if upload.fields:
             options = _options(upload.fields).model_copy(update=options.model_dump(exclude_unset=True))
         with (

@@ -9,8 +9,9 @@ server/thresholds.py for the method and for what is not promised. The result is 
 it belongs to these weights, backends and precisions.
 
 IMAGES holds pictures, in one folder for each label or not, or CIFAR's official files, of which the validation images
-are taken. They must be drawn like those to be served, and independently: frames of one film are not. With labels, one
-temperature for each stop rule is fitted too, and errors are reported.
+are taken. They must be drawn like those to be served, and independently: frames of one film are not. Decide on
+--disagreement before: who tries several on the same images and keeps the best has less confidence than it says. With
+labels, one temperature for each stop rule is fitted too, and errors are reported.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes, make_bloc
 
 SEED = 0
 _IMAGES_A_RUN = 8  # 80 views of ten crops
+_FEWEST = 3  # one of three searches
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,13 @@ def check_count(count: int, planned: int, disagreement: float, confidence: float
     """Raise TooFewImages if so many can't show what is asked."""
     if planned < 2:
         raise TooFewImages("the plan has a single view, which no stop rule can save; choose a protocol with more")
-    needed = max(3, thresholds.images_needed(disagreement, confidence))  # one of three searches
+    needed = max(_FEWEST, thresholds.images_needed(disagreement, confidence))
     if count < needed:
         reachable = math.ceil(1e4 * thresholds.smallest_disagreement(count, confidence)) / 1e4
+        possible = count >= _FEWEST and reachable < 1
         raise TooFewImages(
             f"{count} images can't certify a disagreement of at most {disagreement:g} with confidence {confidence:g}: "
-            f"it takes at least {needed}; with these, ask for --disagreement {reachable:g} or more"
+            f"it takes at least {needed}" + (f"; with these, ask for --disagreement {reachable:g} or more" * possible)
         )
 
 

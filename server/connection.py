@@ -1,7 +1,9 @@
 """What routes ask of a request: whose it is, how large, until when it is of use, whether its client is still there."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Request
@@ -62,6 +64,23 @@ def body_size(request: Request, largest: int) -> int:
     """What the body will have at most."""
     length = request.headers.get("content-length", "")
     return min(int(length), largest) if length.isdecimal() else largest
+
+
+@asynccontextmanager
+async def upload_limit(allowed: float, deadline: float) -> AsyncIterator[None]:
+    """For a body that is read in the block: it may take `allowed` seconds, and no longer than the request has.
+
+    Raises ApiError: "slow_upload", "deadline_exceeded".
+    """
+    left = deadline - time.monotonic()
+    try:
+        async with asyncio.timeout(min(allowed, left)):
+            yield
+    except TimeoutError:
+        if left < allowed:
+            detail = "the request's body did not arrive in the time that the request has"
+            raise ApiError("deadline_exceeded", detail) from None
+        raise ApiError("slow_upload", f"the request's body did not arrive within {allowed:g} s") from None
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:

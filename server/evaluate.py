@@ -20,7 +20,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from resnet_ensemble.export.bundle import Bundle, BundleError, Measured, write
 from resnet_ensemble.export.engines import BackendUnavailable
+from resnet_ensemble.export.gate import SUFFIXES
 from resnet_ensemble.server.calibration import NotCalibrated
 from resnet_ensemble.server.classifier import Classifier, load
 from resnet_ensemble.server.drawing import draw
@@ -48,21 +50,36 @@ FULL = "full"
 STOPS = (*RULES, CALIBRATED)
 
 
-def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, list[tuple[bytes, int]]]:
-    """The data set's name, and its encoded images with their labels. Raises DataError."""
+@dataclass(frozen=True)
+class Example:
+    """An encoded picture and its label. `name`: what it is called if it can't be answered."""
+
+    content: bytes
+    label: int
+    name: str = "a picture"
+
+
+def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, list[Example]]:
+    """The data set's name, and its pictures. Raises DataError."""
     folders = {label: data / label for label in labels if (data / label).is_dir()}
     if folders:
-        files = [(file, labels.index(label)) for label, folder in folders.items() for file in sorted(folder.iterdir())]
-        return data.name, [(file.read_bytes(), index) for file, index in files]
+        files = [(file, labels.index(label)) for label, folder in folders.items() for file in _pictures(folder)]
+        if not files:
+            raise cifar.DataError(f"no pictures in the folders {', '.join(folders)} of {data} ({', '.join(SUFFIXES)})")
+        return data.name, [Example(file.read_bytes(), index, str(file)) for file, index in files]
     dataset = next((known for known in cifar.DATASETS.values() if known.labels == labels), None)
     if dataset is None:
         raise cifar.DataError(f"no folder in {data} is named like a label of the bundle ({', '.join(labels[:3])}, ...)")
     chosen = cifar.read(data, split, dataset)
     pairs = zip(chosen.images, chosen.labels, strict=True)
-    return dataset.title, [(_png(Image.fromarray(pixels)), int(label)) for pixels, label in pairs]
+    return dataset.title, [Example(_png(Image.fromarray(pixels)), int(label)) for pixels, label in pairs]
 
 
-def spread(examples: list[tuple[bytes, int]], limit: int | None) -> list[tuple[bytes, int]]:
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+
+
+def spread(examples: list[Example], limit: int | None) -> list[Example]:
     """At most so many examples, taken at equal distances, so that folders of all labels have their share."""
     if limit is None or limit >= len(examples):
         return examples
@@ -71,21 +88,21 @@ def spread(examples: list[tuple[bytes, int]], limit: int | None) -> list[tuple[b
 
 async def evaluate(
     classifier: Classifier,
-    examples: list[tuple[bytes, int]],
+    examples: list[Example],
     protocol: str,
     stop: str = FULL,
     labels_of_all_views: list[int] | None = None,
 ) -> tuple[Score, list[int]]:
-    """Classify every example: the score, and the indices answered. Raises ApiError for an image that can't be."""
+    """Classify every example: the score, and the indices answered. Raises DataError for a picture that can't be."""
     options = Options.model_validate({"protocol": protocol, "stop": stop, "top_k": 1})
     progress = tqdm(total=len(examples), desc=f"{protocol} {stop}", unit="image", disable=None, leave=False)
     answers: dict[int, Prediction] = {}
 
-    async def run(share: Iterator[tuple[int, tuple[bytes, int]]]) -> None:
-        for place, (content, _) in share:
-            (answer,) = await classifier.classify([content], options)
+    async def run(share: Iterator[tuple[int, Example]]) -> None:
+        for place, example in share:
+            (answer,) = await classifier.classify([example.content], options)
             if isinstance(answer, ApiError):
-                raise answer
+                raise cifar.DataError(f"{example.name}: {answer}")
             answers[place] = answer
             progress.update()
 
@@ -96,7 +113,7 @@ async def evaluate(
     progress.close()
 
     found = [answers[place] for place in range(len(examples))]
-    labels = [label for _, label in examples]
+    labels = [example.label for example in examples]
     indices = [answer.index for answer in found]
     members = None
     if stop == FULL:
@@ -140,7 +157,7 @@ def _multiply_adds(classifier: Classifier, plan: Plan, used: list[int]) -> float
 
 
 async def evaluate_all(
-    classifier: Classifier, examples: list[tuple[bytes, int]], protocols: list[str], stops: list[str]
+    classifier: Classifier, examples: list[Example], protocols: list[str], stops: list[str]
 ) -> list[Score]:
     """Every protocol with every stop rule that it has. Agreement is with `full` where that is one of them."""
     scores = []
@@ -242,19 +259,21 @@ def main() -> None:
     # Nobody waits for an answer here, so nothing is refused.
     settings = Settings(bundle=arguments.bundle, max_wait_seconds=3600)
     try:
-        classifier = load(settings, Metrics())
-        manifest = classifier.bundle.manifest
-        if arguments.plot and any(member.multiply_adds is None for member in manifest.members):
-            sys.exit("evaluate: the bundle does not say its members' multiply-adds, so --plot can't; export it again")
-        dataset, examples = read(arguments.data, arguments.split, manifest.labels)
-        examples = spread(examples, arguments.limit)
-        protocols = arguments.protocol or list(ALL_PROTOCOLS)
-        if CALIBRATED in (arguments.stop or ()) and not set(protocols) & set(classifier.strategies.calibrations):
-            classifier.strategies.of(protocols[0], CALIBRATED)
-        scores = asyncio.run(evaluate_all(classifier, examples, protocols, stops))
+        # Closed whatever happens: a process that ends while its engines run is aborted.
+        with closing(load(settings, Metrics())) as classifier:
+            manifest = classifier.bundle.manifest
+            if arguments.plot and any(member.multiply_adds is None for member in manifest.members):
+                sys.exit(
+                    "evaluate: the bundle does not say its members' multiply-adds, so --plot can't; export it again"
+                )
+            dataset, examples = read(arguments.data, arguments.split, manifest.labels)
+            examples = spread(examples, arguments.limit)
+            protocols = arguments.protocol or list(ALL_PROTOCOLS)
+            if CALIBRATED in (arguments.stop or ()) and not set(protocols) & set(classifier.strategies.calibrations):
+                classifier.strategies.of(protocols[0], CALIBRATED)
+            scores = asyncio.run(evaluate_all(classifier, examples, protocols, stops))
     except (BundleError, BackendUnavailable, NotCalibrated, cifar.DataError, ApiError) as problem:
         sys.exit(f"evaluate: {problem}")
-    classifier.close()
     if arguments.json:
         print(json.dumps([asdict(score) for score in scores], indent=1))
     else:

@@ -2,6 +2,10 @@
 
 The format must be on the list, limits are checked on the header before any pixel is decoded, and whatever a decoder
 does with hostile bytes ends as an ApiError.
+
+JPEGs are decoded whole under every stop rule. A draft of at least twice the size of the views takes a seventh of the
+time for 12 million pixels, but changes the views by 1 of 255 levels on average and by up to 55 (137 photographs, the
+shorter side 32, Pillow's `draft`), and no certificate of `calibrated` covers that.
 """
 
 import io

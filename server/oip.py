@@ -27,6 +27,7 @@ from resnet_ensemble.server.connection import (
     client_of,
     service_of,
     unless_disconnected,
+    upload_limit,
 )
 from resnet_ensemble.server.errors import KINDS, ApiError
 from resnet_ensemble.server.models import Model
@@ -194,7 +195,7 @@ async def infer(
     classifier = model.classifier
     classifier.check_admission(deadline)
     with ExitStack() as held:
-        body = await _body(request, service, held)
+        body = await _body(request, service, held, deadline)
         asked = await asyncio.to_thread(tensors.decode, body, header_length, model.inputs, model.outputs)
         if asked.parameters.timeout is not None:
             deadline = min(deadline, began + asked.parameters.timeout / 1e6)
@@ -215,7 +216,7 @@ async def infer(
     return Response(content, 200, headers, "application/json" if length is None else "application/octet-stream")
 
 
-async def _body(request: Request, service: Service, held: ExitStack) -> bytes | bytearray:
+async def _body(request: Request, service: Service, held: ExitStack, deadline: float) -> bytes | bytearray:
     """The body, decompressed. `held` holds the room for it."""
     settings = service.settings
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
@@ -225,13 +226,9 @@ async def _body(request: Request, service: Service, held: ExitStack) -> bytes | 
         )
     held.enter_context(service.memory.hold(body_size(request, settings.max_request_bytes)))
     body = bytearray()
-    try:
-        async with asyncio.timeout(settings.upload_seconds):
-            async for chunk in request.stream():
-                body += chunk
-    except TimeoutError:
-        allowed = settings.upload_seconds
-        raise ApiError("slow_upload", f"the request's body did not arrive within {allowed:g} s") from None
+    async with upload_limit(settings.upload_seconds, deadline):
+        async for chunk in request.stream():
+            body += chunk
     return body if encoding == "identity" else await _decompress(body, encoding, service, held)
 
 

@@ -252,7 +252,9 @@ def _from_json(tensor: _Input, spec: Spec) -> "NDArray[np.uint8] | list[bytes]":
     if spec.datatype == "BYTES":
         if not isinstance(tensor.data, list) or len(tensor.data) != size:
             raise ApiError("invalid_tensor", f"the data of {spec.name!r} must be a list of {size} texts")
-        return [_from_base64(element, spec) for element in tensor.data]
+        nested = len(tensor.shape) == 2 and all(isinstance(row, list) and len(row) == 1 for row in tensor.data)
+        elements = [row[0] for row in tensor.data] if nested else tensor.data
+        return [_from_base64(element, spec) for element in elements]
     try:
         array = np.array(tensor.data)
     except (ValueError, OverflowError):

@@ -14,11 +14,20 @@ from resnet_ensemble.export import host
 def test_a_cgroup_quota_is_rounded_up_to_cores(tmp_path: Path, content: str, cores: int | None) -> None:
     (tmp_path / "cpu.max").write_text(content + "\n")
 
-    assert host._quota(tmp_path / "cpu.max") == cores
+    assert host._quota(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("-1", None), ("200000", 2), ("150000", 2), ("50000", 1)])
+def test_so_is_one_of_a_cgroup_of_version_1(tmp_path: Path, quota: str, cores: int | None) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota + "\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+
+    assert host._quota(tmp_path) == cores
 
 
 def test_without_a_cgroup_there_is_no_quota(tmp_path: Path) -> None:
-    assert host._quota(tmp_path / "cpu.max") is None
+    assert host._quota(tmp_path) is None
 
 
 def test_cores_respect_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,12 @@ def test_too_few_images_are_refused_before_anything_is_run(bundle: Bundle) -> No
     assert engine.batches == []
 
 
+@pytest.mark.parametrize(("count", "confidence"), [(2, 0.95), (3, 1 - 1e-12)])
+def test_what_no_share_helps_is_not_told_to_ask_for_one(count: int, confidence: float) -> None:
+    with pytest.raises(TooFewImages, match=r"takes at least \d+$"):
+        calibrate.check_count(count, 4, 0.1, confidence)
+
+
 def test_a_single_view_can_not_be_saved(bundle: Bundle) -> None:
     first = Bundle(bundle.path, bundle.manifest.model_copy(update={"members": bundle.manifest.members[:1]}))
 

@@ -12,9 +12,9 @@ from PIL import Image
 from resnet_ensemble.export.bundle import Bundle, write
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import evaluate
-from resnet_ensemble.server.classifier import load
+from resnet_ensemble.server.classifier import Classifier, load
 from resnet_ensemble.server.drawing import draw
-from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.evaluate import Example
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.training import cifar
@@ -23,16 +23,20 @@ from resnet_ensemble.training.views import block_pixels
 Png = Callable[..., bytes]
 
 
-def score(pair: Bundle, examples: list[tuple[bytes, int]]) -> evaluate.Score:
+def examples_of(*pairs: tuple[bytes, int]) -> list[Example]:
+    return [Example(content, label) for content, label in pairs]
+
+
+def score(pair: Bundle, *pairs: tuple[bytes, int]) -> evaluate.Score:
     classifier = load(Settings(bundle=pair.path), Metrics(), lambda *_: FakeEngine(10))
     try:
-        return asyncio.run(evaluate.evaluate(classifier, examples, "flip"))[0]
+        return asyncio.run(evaluate.evaluate(classifier, examples_of(*pairs), "flip"))[0]
     finally:
         classifier.close()
 
 
 def test_errors_of_ensemble_and_members_are_counted(png: Png, pair: Bundle) -> None:
-    result = score(pair, [(png(0), 0), (png(255), 9), (png(255), 3), (png(0), 0)])
+    result = score(pair, (png(0), 0), (png(255), 9), (png(255), 3), (png(0), 0))
 
     assert (result.protocol, result.stop, result.images, result.ensemble) == ("flip", "full", 4, 25.0)
     assert (result.views_used, result.views_planned, result.cost, result.agreement) == (4, 4, 1.0, None)
@@ -44,7 +48,7 @@ def test_errors_of_ensemble_and_members_are_counted(png: Png, pair: Bundle) -> N
 def test_every_protocol_is_evaluated_with_every_stop_rule_and_compared_with_all_views(png: Png, pair: Bundle) -> None:
     classifier = load(Settings(bundle=pair.path), Metrics(), lambda *_: FakeEngine(10))
     try:
-        examples = [(png(0), 0), (png(255), 3), (png(142), 5)]
+        examples = examples_of((png(0), 0), (png(255), 3), (png(142), 5))
         scores = asyncio.run(evaluate.evaluate_all(classifier, examples, ["center", "10crop"], ["exact", "full"]))
     finally:
         classifier.close()
@@ -64,26 +68,53 @@ def test_every_protocol_is_evaluated_with_every_stop_rule_and_compared_with_all_
 
 
 def test_a_part_of_the_images_has_all_labels() -> None:
-    examples = [(b"", label) for label in range(10) for _ in range(7)]
+    examples = [Example(b"", label) for label in range(10) for _ in range(7)]
 
-    assert [label for _, label in evaluate.spread(examples, 10)] == list(range(10))
+    assert [example.label for example in evaluate.spread(examples, 10)] == list(range(10))
     assert evaluate.spread(examples, None) == evaluate.spread(examples, 100) == examples
 
 
-def test_an_image_that_can_t_be_classified_stops_the_evaluation(pair: Bundle) -> None:
-    with pytest.raises(ApiError, match="unsupported_image_format"):
-        score(pair, [(b"junk", 0)])
+def test_data_of_other_labels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(cifar.DataError, match="named like a label"):
+        evaluate.read(tmp_path, "val", ("left", "right"))
 
 
-def test_a_folder_for_each_label_is_read(tmp_path: Path, png: Png, pair: Bundle) -> None:
+def test_a_folder_for_each_label_is_read_and_what_is_no_picture_left_alone(
+    tmp_path: Path, png: Png, pair: Bundle
+) -> None:
     for label in ("cat", "ship"):
-        (tmp_path / label).mkdir()
+        (tmp_path / label / "more").mkdir(parents=True)
         (tmp_path / label / "1.png").write_bytes(png(3))
+        (tmp_path / label / ".DS_Store").write_bytes(b"x")
 
     name, examples = evaluate.read(tmp_path, "val", pair.manifest.labels)
 
     assert name == tmp_path.name
-    assert [label for _, label in examples] == [3, 8]
+    assert [(example.label, Path(example.name).name) for example in examples] == [(3, "1.png"), (8, "1.png")]
+
+
+def test_folders_without_pictures_are_refused(tmp_path: Path, pair: Bundle) -> None:
+    (tmp_path / "cat").mkdir()
+
+    with pytest.raises(cifar.DataError, match="no pictures in the folders cat of"):
+        evaluate.read(tmp_path, "val", pair.manifest.labels)
+
+
+def test_a_picture_that_can_t_be_answered_is_named_and_the_engines_are_closed(
+    tmp_path: Path, pair: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "junk.png").write_bytes(b"junk")
+    closed: list[Classifier] = []
+    monkeypatch.setattr("sys.argv", ["evaluate", str(pair.path), str(tmp_path), "--protocol", "center"])
+    monkeypatch.setattr(evaluate, "load", lambda settings, metrics: load(settings, metrics, lambda *_: FakeEngine(10)))
+    close = Classifier.close
+    monkeypatch.setattr(Classifier, "close", lambda self: (closed.append(self), close(self)))
+
+    with pytest.raises(SystemExit, match=r"junk\.png: unsupported_image_format"):
+        evaluate.main()
+
+    assert len(closed) == 1
 
 
 def test_cifar_images_are_encoded_without_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -95,12 +126,8 @@ def test_cifar_images_are_encoded_without_loss(monkeypatch: pytest.MonkeyPatch, 
     from resnet_ensemble.server.images import decode
 
     assert name == "CIFAR-10"
-    np.testing.assert_array_equal(np.stack([np.asarray(decode(c, max_pixels=2000)) for c, _ in examples]), images)
-
-
-def test_data_of_other_labels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(cifar.DataError, match="named like a label"):
-        evaluate.read(tmp_path, "val", ("left", "right"))
+    decoded = [np.asarray(decode(example.content, max_pixels=2000)) for example in examples]
+    np.testing.assert_array_equal(np.stack(decoded), images)
 
 
 def test_a_recorded_result_replaces_an_older_one(pair: Bundle, tmp_path: Path) -> None:
@@ -140,7 +167,9 @@ def test_the_table_has_a_row_for_each_protocol_and_stop_rule() -> None:
 def test_dense_views_cost_as_their_pixels(png: Png, pair: Bundle) -> None:
     classifier = load(Settings(bundle=pair.path), Metrics(), lambda *_: FakeEngine(10))
     try:
-        center, dense = asyncio.run(evaluate.evaluate_all(classifier, [(png(0), 0)], ["center", "dense"], ["full"]))
+        center, dense = asyncio.run(
+            evaluate.evaluate_all(classifier, examples_of((png(0), 0)), ["center", "dense"], ["full"])
+        )
     finally:
         classifier.close()
 
@@ -165,4 +194,4 @@ def test_a_bundle_without_multiply_adds_is_evaluated_without_them(png: Png, pair
     shutil.copytree(pair.path, tmp_path / "b")
     old = write(tmp_path / "b", pair.manifest.model_copy(update={"members": members}), {})
 
-    assert score(old, [(png(0), 0)]).multiply_adds is None
+    assert score(old, (png(0), 0)).multiply_adds is None

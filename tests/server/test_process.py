@@ -90,7 +90,10 @@ def test_sigterm_answers_every_accepted_request_and_exits_with_0(shipped: Bundle
 def test_what_is_not_answered_at_the_drain_limit_is_told_so(shipped: Bundle) -> None:
     ship = (shipped.path / "golden" / "ship.png").read_bytes()
     with (
-        process(RESNET_MAX_IMAGES_PER_REQUEST=str(MANY), RESNET_DRAIN_SECONDS="1") as (running, url),
+        process(RESNET_MAX_IMAGES_PER_REQUEST=str(MANY), RESNET_MAX_WAIT_SECONDS="600", RESNET_DRAIN_SECONDS="1") as (
+            running,
+            url,
+        ),
         httpx2.Client(timeout=60) as client,
         ThreadPoolExecutor(2) as pool,
     ):
@@ -132,22 +135,37 @@ def test_a_client_that_leaves_takes_its_views_out_of_the_queue(shipped: Bundle) 
         assert client.post(f"{url}/predict", content=ship, headers={"Content-Type": "image/png"}).status_code == 200
 
 
-def test_a_slow_upload_is_given_up_and_others_are_served_meanwhile() -> None:
-    with process(RESNET_UPLOAD_SECONDS="0.5", RESNET_BACKEND="fake") as (_, url):
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[str]:
+    """The address of a server that does not wait long for uploads."""
+    with process(RESNET_UPLOAD_SECONDS="1", RESNET_BACKEND="fake") as (_, url):
         wait_until_ready(url)
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as slow:
-            slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nfirst bytes")
-            assert httpx2.get(f"{url}/livez").status_code == 200
-            slow.settimeout(10)
-            answer = ""
-            while not answer.endswith("}"):
-                received = slow.recv(65536).decode()
-                assert received, answer
-                answer += received
+        yield url
 
-    assert answer.startswith("HTTP/1.1 408")
-    assert "slow_upload" in answer
+
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/cifar10/infer"])
+@pytest.mark.parametrize(
+    ("own", "status", "code"), [("", 408, "slow_upload"), ("X-Request-Timeout: 0.2\r\n", 504, "deadline_exceeded")]
+)
+def test_a_slow_upload_is_given_up_and_others_are_served_meanwhile(
+    impatient: str, path: str, own: str, status: int, code: str
+) -> None:
+    host, port = impatient.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as slow:
+        began = time.monotonic()
+        slow.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\n{own}Content-Length: 1000\r\n\r\nfirst bytes".encode())
+        assert httpx2.get(f"{impatient}/livez").status_code == 200
+        slow.settimeout(10)
+        answer = ""
+        while not answer.endswith("}"):
+            received = slow.recv(65536).decode()
+            assert received, answer
+            answer += received
+        seconds = time.monotonic() - began
+
+    assert answer.startswith(f"HTTP/1.1 {status}")
+    assert code in answer
+    assert seconds >= (0.2 if own else 1)
 
 
 @pytest.mark.parametrize(

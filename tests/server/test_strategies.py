@@ -167,7 +167,9 @@ def test_an_engine_of_another_kind_takes_the_thresholds_away(calibrated: Bundle,
 
 def test_evaluation_has_the_rule_where_there_are_thresholds(calibrated: Bundle, png: Png) -> None:
     classifier = load(Settings(bundle=calibrated.path), Metrics(), lambda *_: Constant(0, 0.1))
-    scores = asyncio.run(evaluate.evaluate_all(classifier, [(png(), 0)], ["center", "flip"], list(evaluate.STOPS)))
+    scores = asyncio.run(
+        evaluate.evaluate_all(classifier, [evaluate.Example(png(), 0)], ["center", "flip"], list(evaluate.STOPS))
+    )
     classifier.close()
 
     assert [(score.protocol, score.stop, score.views_used, score.agreement) for score in scores] == [

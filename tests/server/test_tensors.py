@@ -225,6 +225,15 @@ def test_in_json_pictures_are_base64(data: object) -> None:
     assert refusal(request(image)) == "invalid_tensor"
 
 
+@pytest.mark.parametrize("data", [["YQ==", "Yg=="], [["YQ=="], ["Yg=="]]])
+def test_in_json_pictures_are_flat_or_nested_as_their_shape_is(data: object) -> None:
+    image = {"name": "image", "datatype": "BYTES", "shape": [2, 1], "data": data}
+
+    assert parse(request(image)).inputs["image"] == [b"a", b"b"]
+    assert refusal(request(image | {"data": [["YQ==", "Yg=="]]})) == "invalid_tensor"
+    assert refusal(request(image | {"data": [["YQ=="], "Yg=="]})) == "invalid_tensor"
+
+
 @pytest.mark.parametrize("size", [0, 5, 7, 2**40, 10**400])
 def test_bytes_that_are_not_the_size_of_the_shape_are_refused(size: int) -> None:
     assert refusal(request(binary(size)), bytes(min(size, 10))) in ("invalid_tensor", "malformed_request")
