@@ -320,7 +320,7 @@ def _resume(
     network.load_state_dict(saved.trained or saved.weights)
     if average:
         average.module.load_state_dict(saved.weights)
-        average.n_averaged.fill_(1)  # so that the next update averages instead of copying
+        average.n_averaged.fill_(len(saved.history) * (data.train_images // recipe.batch_size) + saved.progress.steps)
     for name, parameter in network.named_parameters():
         if name in saved.momentum:
             optimizer.state[parameter]["momentum_buffer"] = saved.momentum[name].to(parameter.device)
@@ -332,8 +332,14 @@ def _resume(
 def _average(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
     if not recipe.ema_decay:
         return None
-    blend = get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
+
+    def blend(averaged: list[Tensor], new: list[Tensor], updates: Tensor) -> None:
+        # Of the CPU; to read `updates` would wait for the device.
+        decay = schedules.ema_decay(int(average.n_averaged), decay=recipe.ema_decay)
+        get_ema_multi_avg_fn(decay)(averaged, new, updates)  # type: ignore[no-untyped-call]
+
+    average = AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
+    return average
 
 
 def _momentum(network: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:

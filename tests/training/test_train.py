@@ -404,7 +404,7 @@ def test_the_paper_s_imagenet_recipe_finishes_two_epochs_on_a_small_tree(
 
 
 def test_the_short_imagenet_recipe_learns_a_small_tree(tmp_path: Path, folders: Path) -> None:
-    result = run(tmp_path, replace(FOLDERS, epochs=8, ema_decay=0.5), folders)
+    result = run(tmp_path, replace(FOLDERS, epochs=8), folders)
 
     assert result.history[-1].val_error <= 100 / 3
 
