@@ -206,13 +206,16 @@ def test_a_training_class_without_pictures_is_named(tmp_path: Path) -> None:
         Folders(FOLDERS, root, ALONE, 0)
 
 
-def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_named(tmp_path: Path, workers: int) -> None:
     root = write_folders(tmp_path, train=4, val=1)
     broken = root / "train" / "n01443537" / "n01443537_1.JPEG"
     broken.write_bytes(broken.read_bytes()[:100])
 
-    with pytest.raises(DataError, match=r"n01443537_1\.JPEG can't be decoded"):
-        list(data_of(replace(FOLDERS, batch_size=12), root).batches(0, crop=64, mean=MEAN, start=0, stop=1))
+    with pytest.raises(DataError, match=r"n01443537_1\.JPEG can't be decoded") as raised:
+        data = data_of(replace(FOLDERS, batch_size=12), root, workers=workers)
+        list(data.batches(0, crop=64, mean=MEAN, start=0, stop=1))
+    assert str(raised.value).startswith(str(root))
 
 
 @pytest.mark.parametrize(
