@@ -125,7 +125,7 @@ def test_the_table_has_the_paper_s_row_beside_ours() -> None:
 
     assert evaluate.table(scores).splitlines()[2:] == [
         "| resnet50 | 10crop | 50,000 | 22.90 % (22.53 to 23.27) | 6.80 % (6.58 to 7.02) | 22.85 / 6.71 % (Table 3) |",
-        "| resnet20 | center | 5,000 | 8.75 % (8.00 to 9.57) | 0.30 % (0.18 to 0.49) | 8.75 % (Table 6) |",
+        "| resnet20 | center | 5,000 | 8.75 % (8.00 to 9.57) | 0.30 % (0.18 to 0.49) | 8.75 % (Table 6, test) |",
         "| ensemble | flip | 5,000 | 5.00 % (4.43 to 5.64) | 0.20 % (0.11 to 0.37) |  |",
     ]
 
