@@ -186,9 +186,9 @@ class Folders:
         self._group = group
         self.labels, training = scan_folders(root, "train")
         if empty := set(range(len(self.labels))) - {label for _, label in training}:
-            names = ", ".join(sorted(self.labels[label] for label in empty)[:5])
+            some = ", ".join(self.labels[label] for label in sorted(empty)[:5])
             raise DataError(
-                f"{root / 'train'} has classes without images: {names}; unpack them, or remove their folders"
+                f"{root / 'train'} has classes without images: {some}; unpack them, or remove their folders"
             )
         _, validation = scan_folders(root, "val", self.labels)
         self._training = TrainingFiles(training, recipe)
@@ -250,7 +250,7 @@ def decode(path: str) -> Image.Image:
     """The picture in a file, upright (EXIF orientation) as for the server, as RGB. Raises DataError, which names it."""
     try:
         with Image.open(path) as image:
-            upright = image
+            upright: Image.Image = image
             with suppress(Exception):  # damaged EXIF data around a sound picture: as it lies
                 upright = ImageOps.exif_transpose(image)
             return upright.convert("RGB")

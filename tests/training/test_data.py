@@ -212,8 +212,8 @@ def test_a_damaged_picture_is_named(tmp_path: Path, workers: int) -> None:
     broken = root / "train" / "n01443537" / "n01443537_1.JPEG"
     broken.write_bytes(broken.read_bytes()[:100])
 
+    data = data_of(replace(FOLDERS, batch_size=12), root, workers=workers)
     with pytest.raises(DataError, match=r"n01443537_1\.JPEG can't be decoded") as raised:
-        data = data_of(replace(FOLDERS, batch_size=12), root, workers=workers)
         list(data.batches(0, crop=64, mean=MEAN, start=0, stop=1))
     assert str(raised.value).startswith(str(root))
 
