@@ -14,7 +14,7 @@ import safetensors.torch
 from torch import Tensor
 
 from resnet_ensemble.training.files import write_atomically
-from resnet_ensemble.training.recipes import Recipe
+from resnet_ensemble.training.recipes import Recipe, RecipeError
 
 FORMAT = 1
 
@@ -68,6 +68,8 @@ class Checkpoint:
     - weights: the state dict that is evaluated and exported; an average, if the recipe keeps one
     - momentum: the optimizer's buffers by parameter name
     - trained: the state dict that training goes on with, if `weights` is an average of such
+    - statistics: in the middle of an epoch of several processes, batch norm's of each: (2, processes, n), first of the
+      network, then of what is evaluated
     - mean_image: float (h, w, 3) in 0 to 1, if the recipe subtracts one
     - loss_scale: of fp16
     """
@@ -77,6 +79,7 @@ class Checkpoint:
     momentum: dict[str, Tensor] = field(default_factory=dict)
     history: tuple[Epoch, ...] = ()
     trained: dict[str, Tensor] = field(default_factory=dict)
+    statistics: Tensor | None = None
     mean_image: Tensor | None = None
     labels: tuple[str, ...] = ()
     progress: Progress = Progress()
@@ -100,8 +103,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"weights.{name}": tensor for name, tensor in checkpoint.weights.items()}
     tensors |= {f"momentum.{name}": tensor for name, tensor in checkpoint.momentum.items()}
     tensors |= {f"trained.{name}": tensor for name, tensor in checkpoint.trained.items()}
-    if checkpoint.mean_image is not None:
-        tensors["mean_image"] = checkpoint.mean_image
+    single = {"mean_image": checkpoint.mean_image, "statistics": checkpoint.statistics}
+    tensors |= {name: tensor for name, tensor in single.items() if tensor is not None}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(path, safetensors.torch.save(contiguous, metadata={"resnet_ensemble": json.dumps(about)}))
 
@@ -112,6 +115,8 @@ def load(path: Path) -> Checkpoint:
         path /= "checkpoint.safetensors"
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; make one with: python training/train.py RECIPE --data DIR")
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is no checkpoint of training/train.py: those end in .safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("resnet_ensemble")
@@ -131,6 +136,7 @@ def load(path: Path) -> Checkpoint:
         momentum=_with_prefix(tensors, "momentum."),
         history=history,
         trained=_with_prefix(tensors, "trained."),
+        statistics=tensors.get("statistics"),
         mean_image=tensors.get("mean_image"),
         labels=tuple(about.get("labels", ())),
         progress=Progress(**about.get("progress", {})),
@@ -146,7 +152,10 @@ def _recipe(values: dict[str, Any], path: Path) -> Recipe:
     if unknown:
         raise CheckpointError(f"{path} was made by another version: its recipe has {', '.join(sorted(unknown))}")
     as_tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return Recipe(**as_tuples)
+    try:
+        return Recipe(**as_tuples)
+    except RecipeError as problem:
+        raise CheckpointError(f"{path} has a recipe that this version refuses: {problem}") from None
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ archive.)
 """
 
 import hashlib
+import http.client
 import pickle
 import tarfile
 import urllib.request
@@ -30,6 +31,10 @@ PIXELS = 3 * 32 * 32
 
 class DataError(Exception):
     """The data set is missing, incomplete, or not the published one."""
+
+    def __init__(self, message: str) -> None:
+        # What a loader's worker raised comes with the worker's traceback before it.
+        super().__init__(message.rpartition("DataError: ")[2].strip())
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ def download(root: Path, dataset: Dataset) -> None:
         try:
             with urllib.request.urlopen(url, timeout=60) as answer:  # noqa: S310  # SOURCE is https
                 content = answer.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # the latter: the connection broke off
             raise DataError(f"can't download {url} ({error}); put {version.archive} into {root} yourself") from None
         _check(content, version.archive_md5, url, "try again later")
         write_atomically(root / version.archive, content)

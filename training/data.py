@@ -6,12 +6,13 @@ memory; a tree of folders is decoded and augmented by worker processes.
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchcodec.decoders import decode_jpeg  # type: ignore[attr-defined]  # its __init__ has no __all__
@@ -184,6 +185,11 @@ class Folders:
         self._recipe = recipe
         self._group = group
         self.labels, training = scan_folders(root, "train")
+        if empty := set(range(len(self.labels))) - {label for _, label in training}:
+            some = ", ".join(self.labels[label] for label in sorted(empty)[:5])
+            raise DataError(
+                f"{root / 'train'} has classes without images: {some}; unpack them, or remove their folders"
+            )
         _, validation = scan_folders(root, "val", self.labels)
         self._training = TrainingFiles(training, recipe)
         self.train_images = len(self._training.files)
@@ -241,10 +247,13 @@ def _colours(recipe: Recipe, size: int, generator: torch.Generator) -> tuple[Ten
 
 
 def decode(path: str) -> Image.Image:
-    """The picture in a file, as RGB. Raises DataError, which names the file."""
+    """The picture in a file, upright (EXIF orientation) as for the server, as RGB. Raises DataError, which names it."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            upright: Image.Image = image
+            with suppress(Exception):  # damaged EXIF data around a sound picture: as it lies
+                upright = ImageOps.exif_transpose(image)
+            return upright.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:  # Pillow has all three for damaged files
         raise DataError(f"{path} can't be decoded ({error}); restore or remove it") from None
 

@@ -33,7 +33,7 @@ from resnet_ensemble.training.accuracy import wilson
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError
 from resnet_ensemble.training.cifar import DataError
 from resnet_ensemble.training.data import decode, scan_folders
-from resnet_ensemble.training.recipes import Recipe, new_network
+from resnet_ensemble.training.recipes import new_network
 from resnet_ensemble.training.views import (
     ALL_PROTOCOLS,
     DENSE_PROTOCOLS,
@@ -63,6 +63,7 @@ class Network:
 
     def __init__(self, saved: Checkpoint, device: torch.device) -> None:
         self.recipe = saved.recipe
+        self.labels = saved.labels
         self._device = device
         self._network: nn.Module = new_network(saved.recipe)
         self._network.load_state_dict(saved.weights)
@@ -103,15 +104,16 @@ class _Examples(Dataset[tuple[list[NDArray[np.uint8]], int]]):
         return list(make_views(image, self._seen, self._protocol)), self._labels[index]
 
 
-def read(recipes: Sequence[Recipe], data: Path, split: cifar.Split) -> tuple[Pictures, Sequence[int]]:
-    """The pictures and labels of a split that all the recipes are of. Raises DataError."""
-    recipe = recipes[0]
-    if len({(other.dataset, other.classes) for other in recipes}) > 1:
+def read(networks: Sequence[Network], data: Path, split: cifar.Split) -> tuple[Pictures, Sequence[int]]:
+    """The pictures and labels of a split that all the networks know. Raises DataError."""
+    recipe, labels = networks[0].recipe, networks[0].labels
+    if len({(other.recipe.dataset, other.recipe.classes, other.labels) for other in networks}) > 1:
         raise DataError("these networks were trained on different data sets; evaluate them one by one")
     if recipe.dataset == "imagenet":
-        labels, files = scan_folders(data, split)
-        if len(labels) != recipe.classes:
-            raise DataError(f"{data / split} has {len(labels)} classes, the network {recipe.classes}")
+        # By the names that it was trained with: a split may lack a class, and must not shift the others.
+        found, files = scan_folders(data, split, labels or None)
+        if len(found) != recipe.classes:
+            raise DataError(f"{data / split} has {len(found)} classes, the network {recipe.classes}")
         return [path for path, _ in files], [label for _, label in files]
     images = cifar.read(data, split, cifar.DATASETS[recipe.dataset])
     return list(images.images), images.labels.tolist()
@@ -167,12 +169,16 @@ def _score(network: str, protocol: str, sums: Tensor, labels: Sequence[int], dat
 
 def table(scores: Sequence[Score]) -> str:
     """The scores as a Markdown table, the paper's beside ours."""
-    lines = ["| network | protocol | n | top-1 error, 95 % interval | top-5 error | the paper's |", "|---" * 6 + "|"]
+    lines = [
+        "| network | protocol | n | top-1 error, 95 % interval | top-5 error, 95 % interval | the paper's |",
+        "|---" * 6 + "|",
+    ]
     for score in scores:
         low, high = wilson(score.top1, score.images)
+        low5, high5 = wilson(score.top5, score.images)
         lines.append(
             f"| {score.network} | {score.protocol} | {score.images:,} | {score.top1:.2f} % ({low:.2f} to {high:.2f}) "
-            f"| {score.top5:.2f} % | {_published(score.published)} |"
+            f"| {score.top5:.2f} % ({low5:.2f} to {high5:.2f}) | {_published(score.published)} |"
         )
     return "\n".join(lines)
 
@@ -195,7 +201,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         networks = [Network(checkpoint.load(path), device) for path in arguments.checkpoints]
-        pictures, labels = read([network.recipe for network in networks], arguments.data, arguments.split)
+        pictures, labels = read(networks, arguments.data, arguments.split)
         scores = [
             score
             for protocol in arguments.protocol or ALL_PROTOCOLS

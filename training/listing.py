@@ -1,12 +1,13 @@
 """The recipes with what they cost and the error to expect, for `python training/train.py --list`."""
 
+import functools
 import math
 
 import torch
 
 from resnet_ensemble.training import paper, schedules
-from resnet_ensemble.training.model import ResNet, multiply_adds, parameter_count
-from resnet_ensemble.training.recipes import RECIPES, Recipe, new_network
+from resnet_ensemble.training.model import ResNet, Shortcut, Stride, cifar, imagenet, multiply_adds, parameter_count
+from resnet_ensemble.training.recipes import RECIPES, Recipe
 
 TRAINING_IMAGES = {"cifar10": 45_000, "cifar100": 45_000, "imagenet": 1_281_167}
 # Forward, and backward for the activations and for the weights.
@@ -42,16 +43,28 @@ def expected(recipe: Recipe) -> str:
     return f"{row.top1:.2f} (paper, {row.source}, {protocol})" if row else "not in the paper's tables"
 
 
-def _line(recipe: Recipe) -> str:
+@functools.cache
+def _network(folders: bool, depth: int, classes: int, shortcut: Shortcut, stride_at: Stride) -> ResNet:
     with torch.device("meta"):  # shapes only
-        network: ResNet = new_network(recipe).eval()
+        if folders:
+            return imagenet(depth, classes=classes, shortcut=shortcut, stride_at=stride_at).eval()
+        return cifar(depth, classes=classes, shortcut=shortcut).eval()
+
+
+# The paper's recipe and the short one have the same network; of 1,202 layers, that takes seconds.
+_cost = functools.cache(multiply_adds)
+
+
+def _line(recipe: Recipe) -> str:
+    folders = recipe.dataset == "imagenet"
+    network = _network(folders, recipe.depth, recipe.classes, recipe.shortcut, recipe.stride_at)
     images = TRAINING_IMAGES[recipe.dataset]
     an_epoch = images // recipe.batch_size
     steps = recipe.iterations or recipe.epochs * an_epoch
     epochs = math.ceil(steps / an_epoch)
     first = recipe.first_crop or recipe.crop
     crops = [schedules.crop_size(epoch, epochs=epochs, first=first, last=recipe.crop) for epoch in range(epochs)]
-    costs = {crop: multiply_adds(network, crop) for crop in set(crops)}
+    costs = {crop: _cost(network, crop) for crop in set(crops)}
     mean_cost = sum(costs[crop] for crop in crops) / epochs
     petaflop = 2 * PASSES * mean_cost * steps * recipe.batch_size / 1e15
     return (

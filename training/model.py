@@ -138,20 +138,31 @@ class ResNet(nn.Module):
 
 def imagenet(depth: int, *, classes: int = 1000, shortcut: Shortcut = "B", stride_at: Stride = "v1.5") -> ResNet:
     """ResNet-18, 34, 50, 101 or 152 of Table 1, for pictures of 224 x 224 or any other size."""
-    if depth not in BLOCKS:
-        raise ValueError(f"an ImageNet network has one of {list(BLOCKS)} layers, not {depth}")
+    blocks = imagenet_blocks(depth)
     stem = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
     pool = nn.MaxPool2d(3, stride=2, padding=1)
     block = BasicBlock if depth < 50 else Bottleneck
-    return ResNet(stem, pool, block, BLOCKS[depth], classes=classes, shortcut=shortcut, stride_at=stride_at)
+    return ResNet(stem, pool, block, blocks, classes=classes, shortcut=shortcut, stride_at=stride_at)
 
 
 def cifar(depth: int, *, classes: int = 10, shortcut: Shortcut = "A") -> ResNet:
     """The network of 6n + 2 layers of section 4.2, for pictures of 32 x 32 or any other size."""
+    blocks = cifar_blocks(depth)
+    return ResNet(conv(3, 16, 3), nn.Identity(), BasicBlock, blocks, classes=classes, shortcut=shortcut, stride_at="v1")
+
+
+def imagenet_blocks(depth: int) -> tuple[int, ...]:
+    """Blocks per stage, of Table 1. Raises ValueError."""
+    if depth not in BLOCKS:
+        raise ValueError(f"an ImageNet network has one of {list(BLOCKS)} layers, not {depth}")
+    return BLOCKS[depth]
+
+
+def cifar_blocks(depth: int) -> tuple[int, ...]:
+    """Blocks per stage of 6n + 2 layers: n. Raises ValueError."""
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"a CIFAR network has 6n + 2 layers (8, 14, 20, 32, ...), not {depth}")
-    blocks = ((depth - 2) // 6,) * 3
-    return ResNet(conv(3, 16, 3), nn.Identity(), BasicBlock, blocks, classes=classes, shortcut=shortcut, stride_at="v1")
+    return ((depth - 2) // 6,) * 3
 
 
 def parameter_count(model: nn.Module) -> int:

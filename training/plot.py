@@ -25,15 +25,30 @@ from resnet_ensemble.training.files import write_atomically
 Log = dict[str, list[float]]
 
 
+class LogError(Exception):
+    """The file is missing, or not a log of ours."""
+
+
 def read(path: Path) -> Log:
-    """The columns of a log that training/train.py wrote."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in ("epoch", "train_error", "val_error")}
+    """The columns of a log that training/train.py wrote. Raises LogError."""
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        log = {name: [float(row[name]) for row in rows] for name in ("epoch", "train_error", "val_error")}
+    except (OSError, KeyError, TypeError, ValueError) as problem:
+        raise LogError(f"{path} is no log of training/train.py ({problem}); give runs/RECIPE/log.csv") from None
+    if not rows:
+        raise LogError(f"{path} has no epochs yet")
+    return log
 
 
-def draw(panels: Sequence[dict[str, Log]], highest_error: float) -> bytes:
-    """A PNG with a panel for each group of logs, two lines a log; the error axis ends at `highest_error` %."""
+def draw(panels: Sequence[dict[str, Log]], highest_error: float | None = None) -> bytes:
+    """A PNG with a panel for each group of logs, two lines a log.
+
+    The error axis ends at `highest_error` %, or at three times the highest of the last validation errors.
+    """
+    if highest_error is None:
+        highest_error = min(100.0, max(5.0, *(3 * log["val_error"][-1] for logs in panels for log in logs.values())))
     figure = Figure(figsize=(7 if len(panels) == 1 else 5 * len(panels), 4.5), layout="constrained")
     for axes, logs in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, log in logs.items():
@@ -61,9 +76,12 @@ def main() -> None:
     parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="log.csv files; the names become the legend")
     parser.add_argument("--beside", type=Path, nargs="+", default=[], metavar="LOG", help="logs of a second panel")
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    parser.add_argument("--highest", type=float, default=25.0, help="end of the error axis in %% (default: 25)")
+    parser.add_argument("--highest", type=float, help="end of the error axis in %% (default: 3 times the last errors)")
     arguments = parser.parse_args()
-    panels = [named(logs) for logs in (arguments.logs, arguments.beside) if logs]
+    try:
+        panels = [named(logs) for logs in (arguments.logs, arguments.beside) if logs]
+    except LogError as problem:
+        raise SystemExit(str(problem)) from None
     write_atomically(arguments.out, draw(panels, arguments.highest))
 
 

@@ -39,6 +39,21 @@ class Group:
         """For each flag, whether any process has raised it."""
         return [bool(flag) for flag in self.sum(flags.int()) > 0]
 
+    def statistics(self, network: nn.Module) -> Tensor:
+        """Batch norm's running statistics of all processes: (world, n)."""
+        mine = torch.cat([buffer.flatten() for buffer in network.buffers() if buffer.is_floating_point()])
+        everyone = torch.zeros(self.world, len(mine), device=mine.device)
+        everyone[self.rank] = mine
+        return self.sum(everyone)  # to add zeros changes nothing
+
+    def set_statistics(self, network: nn.Module, everyone: Tensor) -> None:
+        """Give this process its row of what `statistics` returned."""
+        start = 0
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(everyone[self.rank, start : start + buffer.numel()].view_as(buffer))
+                start += buffer.numel()
+
     def average_statistics(self, network: nn.Module) -> None:
         """Make batch norm's running statistics the mean of all processes': each saw its part of the batches."""
         if self.world > 1:

@@ -4,10 +4,20 @@
 """
 
 import ast
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from resnet_ensemble.training.model import ResNet, Shortcut, Stride, cifar, imagenet
+from resnet_ensemble.training.model import (
+    ResNet,
+    Shortcut,
+    Stride,
+    cifar,
+    cifar_blocks,
+    imagenet,
+    imagenet_blocks,
+)
 from resnet_ensemble.training.views import Preprocessing
 
 Dataset = Literal["cifar10", "cifar100", "imagenet"]
@@ -15,6 +25,27 @@ Schedule = Literal["one-cycle", "staircase", "plateau"]
 # pad: pad, then a random crop. scale: a random shorter side, then a random crop. area: torchvision's RandomResizedCrop.
 # All three mirror half of the pictures.
 Augmentation = Literal["pad", "scale", "area"]
+
+# Lowest and highest value of numbers that have such.
+LIMITS: dict[str, tuple[float, float]] = {
+    "classes": (1, math.inf),
+    "epochs": (0, math.inf),
+    "iterations": (0, math.inf),
+    "batch_size": (1, math.inf),
+    "peak_learning_rate": (0, math.inf),
+    "warm_up": (0, 1),
+    "patience": (0, math.inf),
+    "momentum": (0, 1),
+    "weight_decay": (0, math.inf),
+    "label_smoothing": (0, 1),
+    "ema_decay": (0, 1),
+    "bn_images": (0, math.inf),
+    "padding": (0, math.inf),
+    "first_crop": (0, math.inf),
+    "crop": (1, math.inf),
+    "test_crop": (1, math.inf),
+    "seed": (-(2**40), 2**40),  # times 100,003 and with the epoch, it must fit into 64 bits
+}
 
 
 class RecipeError(ValueError):
@@ -72,31 +103,80 @@ class Recipe:
     test_crop: int = 32
 
     def __post_init__(self) -> None:
-        if (self.epochs > 0) == (self.iterations > 0):
-            raise RecipeError(f"{self.name}: of epochs {self.epochs} and iterations {self.iterations}, one must be 0")
-        if self.schedule == "one-cycle" and not 0 < self.warm_up < 1:
-            raise RecipeError(f"{self.name}: the warm-up of one-cycle is a share between 0 and 1, not {self.warm_up}")
-        if (self.schedule == "staircase") != bool(self.drops):
-            raise RecipeError(f"{self.name}: a staircase, and nothing else, has drops: {self.schedule}, {self.drops}")
-        if (self.schedule == "plateau") != (self.patience > 0):
-            raise RecipeError(f"{self.name}: a plateau, and nothing else, has patience: {self.schedule}")
-        if (self.augmentation == "pad") == (self.dataset == "imagenet"):
-            raise RecipeError(f"{self.name}: {self.augmentation} is not an augmentation of {self.dataset}")
-        if self.augmentation == "scale" and not self.crop <= self.scale[0] <= self.scale[1]:
-            raise RecipeError(f"{self.name}: a crop of {self.crop} needs a scale from there up, not {self.scale}")
-        if self.augmentation != "area" and self.first_crop:
-            raise RecipeError(f"{self.name}: only the augmentation `area` can have a first crop")
-        if self.per_pixel_mean and (self.first_crop or self.crop != self.test_crop):
-            raise RecipeError(f"{self.name}: a mean image has one size: crop, test crop and no first crop must agree")
-        if min(self.batch_size, self.classes, self.crop, self.test_crop) < 1 or self.test_resize < self.test_crop:
-            raise RecipeError(f"{self.name}: sizes must be positive, and the test crop must fit into the test resize")
+        for field, (lowest, highest) in LIMITS.items():
+            value = getattr(self, field)
+            if not lowest <= value <= highest:
+                raise RecipeError(f"{self.name}: {field} must lie in {lowest:g} to {highest:g}, not {value}")
+        try:
+            (imagenet_blocks if self.dataset == "imagenet" else cifar_blocks)(self.depth)
+            _ = self.preprocessing
+        except ValueError as problem:
+            raise RecipeError(f"{self.name}: {problem}") from None
+        for wrong, message in self._contradictions():
+            if wrong:
+                raise RecipeError(f"{self.name}: {message}")
+
+    def _contradictions(self) -> tuple[tuple[bool, str], ...]:
+        """What no recipe may be, and what to say of one that is."""
+        return (
+            (
+                (self.epochs > 0) == (self.iterations > 0),
+                f"of epochs {self.epochs} and iterations {self.iterations}, one must be 0",
+            ),
+            (
+                self.schedule == "one-cycle" and not 0 < self.warm_up < 1,
+                f"the warm-up of one-cycle is a share between 0 and 1, not {self.warm_up}",
+            ),
+            (
+                (self.schedule == "staircase") != bool(self.drops),
+                f"a staircase, and nothing else, has drops: {self.schedule}, {self.drops}",
+            ),
+            (
+                not all(0 < drop < 1 for drop in self.drops),
+                f"drops are shares of all steps, between 0 and 1, not {self.drops}",
+            ),
+            (
+                (self.schedule == "plateau") != (self.patience > 0),
+                f"a plateau, and nothing else, has patience: {self.schedule}",
+            ),
+            (self.nesterov and not self.momentum, "Nesterov's momentum can't be 0; set nesterov=False too"),
+            (
+                (self.augmentation == "pad") == (self.dataset == "imagenet"),
+                f"{self.augmentation} is not an augmentation of {self.dataset}",
+            ),
+            (
+                self.augmentation == "pad" and self.crop > 32 + 2 * self.padding,
+                f"a crop of {self.crop} does not fit into 32 + 2 * {self.padding} pixels",
+            ),
+            (
+                self.augmentation == "scale" and not self.crop <= self.scale[0] <= self.scale[1],
+                f"a crop of {self.crop} needs a scale from there up, not {self.scale}",
+            ),
+            (
+                self.augmentation != "area" and self.first_crop > 0,
+                "only the augmentation `area` can have a first crop",
+            ),
+            (self.first_crop > self.crop, f"crops grow: the first, {self.first_crop}, can't exceed {self.crop}"),
+            (
+                self.per_pixel_mean and (self.first_crop > 0 or self.crop != self.test_crop),
+                "a mean image has one size: crop, test crop and no first crop must agree",
+            ),
+            (
+                self.dataset != "imagenet" and (self.test_resize, self.test_crop) != (32, 32),
+                "pictures of CIFAR are tested as they are: test_resize and test_crop must be 32",
+            ),
+            (self.test_resize < self.test_crop, "the test crop must fit into the test resize"),
+            (0 < self.bn_images < self.batch_size, f"bn_images must be 0, or at least a batch of {self.batch_size}"),
+        )
 
     @property
     def network(self) -> str:
         """The network's name in paper.py: resnet20, plain56, resnet34b."""
-        kind = "plain" if self.shortcut == "plain" else "resnet"
-        option = self.shortcut.lower() if self.dataset == "imagenet" and self.depth < 50 and kind == "resnet" else ""
-        return f"{kind}{self.depth}{option}"
+        if self.shortcut == "plain":
+            return f"plain{self.depth}"
+        # On CIFAR, and for the bottlenecks of ImageNet, the paper has one option, and the name does not say it.
+        unsaid = "A" if self.dataset != "imagenet" else "B" if self.depth >= 50 else ""
+        return f"resnet{self.depth}{'' if self.shortcut == unsaid else self.shortcut.lower()}"
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -124,13 +204,13 @@ def changed(recipe: Recipe, assignments: list[str]) -> Recipe:
     What follows from them is replaced too, unless it is given: the learning rate is proportional to the batch (arXiv
     1706.02677), and a number of epochs takes the place of a number of iterations.
     """
-    types = {field.name: type(getattr(recipe, field.name)) for field in fields(recipe)}
+    kinds = get_type_hints(Recipe)
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, _, text = assignment.partition("=")
-        if name not in types:
-            raise RecipeError(f"a recipe has no {name!r}; it has {', '.join(types)}")
-        values[name] = _parse(name, text, types[name])
+        if name not in kinds:
+            raise RecipeError(f"a recipe has no {name!r}; it has {', '.join(kinds)}")
+        values[name] = _parse(name, text, kinds[name])
     follows: dict[str, Any] = {}
     if "batch_size" in values:
         follows["peak_learning_rate"] = recipe.peak_learning_rate * values["batch_size"] / recipe.batch_size
@@ -141,30 +221,38 @@ def changed(recipe: Recipe, assignments: list[str]) -> Recipe:
     return replace(recipe, **(follows | values))
 
 
-def _parse(name: str, text: str, kind: type) -> object:
+def _parse(name: str, text: str, kind: Any) -> object:
     if kind is str:
-        allowed = get_args(CHOICES.get(name))
-        if allowed and text not in allowed:
-            raise RecipeError(f"{name} must be one of {', '.join(allowed)}, not {text!r}")
+        if not re.fullmatch(r"\w[\w.-]*", text):
+            raise RecipeError(f"{name} becomes a folder's: letters, digits, _ . and -, not {text!r}")
         return text
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise RecipeError(f"{name} must be one of {', '.join(get_args(kind))}, not {text!r}")
+        return text
+    title = str(kind) if get_origin(kind) else kind.__name__
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise RecipeError(f"{name} must be written like a Python {kind.__name__}, not {text!r}") from None
+    except (ValueError, TypeError, SyntaxError):
+        raise RecipeError(f"{name} must be written like a Python {title}, not {text!r}") from None
+    try:
+        return _as(value, kind)
+    except (TypeError, ValueError):
+        raise RecipeError(f"{name} must be {title}, not {text!r}") from None
+
+
+def _as(value: object, kind: Any) -> object:
+    """The value, if it is of this kind; whole numbers become floats. Raises TypeError, or ValueError for a length."""
+    if get_origin(kind) is tuple and isinstance(value, tuple):
+        kinds = get_args(kind)
+        each = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return tuple(_as(element, k) for element, k in zip(value, each, strict=True))
     if kind is float and type(value) is int:
-        value = float(value)
+        return float(value)
     if type(value) is not kind:
-        raise RecipeError(f"{name} must be {kind.__name__}, not {text!r}")
+        raise TypeError
     return value
 
-
-CHOICES: dict[str, Any] = {
-    "dataset": Dataset,
-    "shortcut": Shortcut,
-    "stride_at": Stride,
-    "schedule": Schedule,
-    "augmentation": Augmentation,
-}
 
 _CIFAR100: dict[str, Any] = {
     "classes": 100,

@@ -7,9 +7,10 @@
     torchrun --nproc-per-node 8 training/train.py resnet50-imagenet --data DIR
 
 Writes OUT/RECIPE/checkpoint.safetensors after every epoch, best.safetensors (the lowest validation error so far: a
-choice made on the validation set) and the log, as log.csv and for TensorBoard. SIGTERM saves in the middle of an epoch
-and exits with 143. Every random choice follows from the recipe's seed, the epoch and the step, so on one machine with
-the same number of processes a run that was killed and resumed ends with the very weights that it would have had.
+choice made on the validation set) and the log, as log.csv and for TensorBoard; in the end errors.png, a plot of it.
+SIGTERM saves in the middle of an epoch and exits with 143. Every random choice follows from the recipe's seed, the
+epoch and the step, so on one CPU with the same number of processes and threads a run that was killed and resumed ends
+with the very weights that it would have had. (cuDNN may choose other kernels, which round differently.)
 
 Batch norm's statistics are each process's own, as in the paper; their running means are averaged over the processes
 before each evaluation. Weights are float32; bf16 and fp16 are autocast only.
@@ -26,7 +27,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from resnet_ensemble.training import augment, checkpoint, cifar, processes, schedules
+from resnet_ensemble.training import augment, checkpoint, cifar, plot, processes, schedules
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch, Origin, Progress
 from resnet_ensemble.training.cifar import DataError
 from resnet_ensemble.training.data import Batch, Data, open_data
@@ -53,6 +54,7 @@ from resnet_ensemble.training.processes import Group
 from resnet_ensemble.training.recipes import RECIPES, Recipe, RecipeError, changed, new_network
 
 Precision = Literal["bf16", "fp16", "fp32"]
+Tensors = tuple[Tensor, ...] | list[Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Times log(classes), the loss of a network that knows nothing. The first steps of a small data set may reach 10 times.
 DIVERGED = 100
@@ -90,6 +92,10 @@ def train(recipe: Recipe, root: Path, folder: Path, options: Options = DEFAULTS)
     with processes.join() as group, _sigterm() as stopping:
         device = group.device
         data = open_data(recipe, root, group, workers=options.workers)
+        if recipe.batch_size % (group.world * options.accumulate):
+            raise DataError(
+                f"a batch of {recipe.batch_size} can't be cut into {group.world} x {options.accumulate} equal parts"
+            )
         torch.manual_seed(recipe.seed)
         network = new_network(recipe).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = sgd(network, recipe)
@@ -103,18 +109,20 @@ def train(recipe: Recipe, root: Path, folder: Path, options: Options = DEFAULTS)
         mean = torch.tensor(recipe.mean) if saved.mean_image is None else saved.mean_image
         evaluated: nn.Module = average.module if average else network
         model = _wrap(network, group, options)
-        if recipe.batch_size % (group.world * options.accumulate):
-            raise DataError(
-                f"a batch of {recipe.batch_size} can't be cut into {group.world} x {options.accumulate} equal parts"
-            )
+        # After _wrap, which gives all processes the statistics of the first.
+        if saved.statistics is not None and saved.statistics.shape[1] == group.world:
+            for part, everyone in zip((network, evaluated), saved.statistics.to(device), strict=True):
+                group.set_statistics(part, everyone)
 
         steps_an_epoch = data.train_images // recipe.batch_size
         steps = recipe.iterations or recipe.epochs * steps_an_epoch
         epochs = math.ceil(steps / steps_an_epoch)
 
         def snapshot(history: tuple[Epoch, ...], progress: Progress) -> Checkpoint:
+            within = group.world > 1 and progress.steps > 0
             return replace(
                 saved,
+                statistics=torch.stack([group.statistics(part) for part in (network, evaluated)]) if within else None,
                 weights=evaluated.state_dict(),
                 trained=network.state_dict() if average else {},
                 momentum=_momentum(network, optimizer),
@@ -156,14 +164,18 @@ def train(recipe: Recipe, root: Path, folder: Path, options: Options = DEFAULTS)
                     average.update_parameters(network)
                 if i % LOOK_EVERY and i + 1 < stop:
                     continue
+                last = i + 1 == stop
                 lost = not loss < DIVERGED * math.log(max(recipe.classes, 2))
+                # What the last step made of the weights no loss has shown yet.
+                if last or stopping.is_set():
+                    lost |= not all(bool(p.isfinite().all()) for p in network.parameters())
                 sigterm, diverged = group.any(torch.tensor([stopping.is_set(), lost]))
                 if diverged:
                     raise Stopped(
-                        f"the loss became {loss:.3g} in step {i + 1} of epoch {epoch + 1}; {folder} keeps the last "
-                        "checkpoint. Try a lower peak_learning_rate or, with fp16, bf16"
+                        f"the loss became {loss:.3g}, or weights not finite, in step {i + 1} of epoch {epoch + 1}; "
+                        f"{folder} keeps the last checkpoint. Try a lower peak_learning_rate or, with fp16, bf16"
                     )
-                if sigterm and i + 1 < stop:
+                if sigterm and not last:
                     loss_sum, wrong, waited = group.sum(sums).tolist()
                     seconds = done.seconds + time.monotonic() - began
                     _save(folder, snapshot(history, Progress(i + 1, loss_sum, wrong, seconds, waited)), group)
@@ -293,6 +305,9 @@ def _save(folder: Path, saved: Checkpoint, group: Group) -> None:
                 board.add_scalar(name, getattr(last, name), last.epoch)
         if last.val_error <= min(epoch.val_error for epoch in saved.history):
             checkpoint.save(folder / "best.safetensors", replace(saved, momentum={}, trained={}))
+        if saved.finished:
+            drawn = plot.draw([{saved.recipe.name: plot.read(folder / "log.csv")}])
+            write_atomically(folder / "errors.png", drawn)
         print(
             f"{saved.recipe.name} epoch {last.epoch}: train {last.train_error:.2f} %, val {last.val_error:.2f} %",
             flush=True,
@@ -320,7 +335,7 @@ def _resume(
     network.load_state_dict(saved.trained or saved.weights)
     if average:
         average.module.load_state_dict(saved.weights)
-        average.n_averaged.fill_(1)  # so that the next update averages instead of copying
+        average.n_averaged.fill_(len(saved.history) * (data.train_images // recipe.batch_size) + saved.progress.steps)
     for name, parameter in network.named_parameters():
         if name in saved.momentum:
             optimizer.state[parameter]["momentum_buffer"] = saved.momentum[name].to(parameter.device)
@@ -332,8 +347,14 @@ def _resume(
 def _average(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
     if not recipe.ema_decay:
         return None
-    blend = get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
+
+    def blend(averaged: Tensors, new: Tensors, updates: Tensor | int) -> None:
+        # Of the CPU; to read `updates` would wait for the device.
+        decay = schedules.ema_decay(int(average.n_averaged), decay=recipe.ema_decay)
+        get_ema_multi_avg_fn(decay)(averaged, new, updates)  # type: ignore[no-untyped-call]
+
+    average = AveragedModel(network, multi_avg_fn=blend, use_buffers=True)
+    return average
 
 
 def _momentum(network: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tensor]:
@@ -394,6 +415,17 @@ def _exit(group: Group, message: str) -> None:
     raise Stopped(128 + signal.SIGTERM)
 
 
+def _at_least(lowest: int) -> Callable[[str], int]:
+    """A type of argparse's for whole numbers."""
+
+    def number(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"must be at least {lowest}, not {text}")
+        return int(text)
+
+    return number
+
+
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(
@@ -407,19 +439,20 @@ def main() -> None:
     parser.add_argument(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FIELD=VALUE",
         help="change fields of the recipe: --set epochs=2 batch_size=64",
     )
     parser.add_argument("--precision", choices=get_args(Precision), default=DEFAULTS.precision)
     parser.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="run each process's share of a batch in N parts"
+        "--accumulate", type=_at_least(1), default=1, metavar="N", help="run each process's share of a batch in N parts"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument(
-        "--workers", type=int, default=DEFAULTS.workers, help=f"loader processes (default: {DEFAULTS.workers})"
+        "--workers", type=_at_least(0), default=DEFAULTS.workers, help=f"loader processes (default: {DEFAULTS.workers})"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads of each process (default: torch's)")
+    parser.add_argument("--threads", type=_at_least(1), help="CPU threads of each process (default: torch's)")
     arguments = parser.parse_args()
     if arguments.list:
         print(listing())

@@ -17,6 +17,7 @@ SAVED = Checkpoint(
     {"fc.weight": torch.ones(3, 3)},
     (EPOCH,),
     trained={"fc.weight": torch.full((3, 3), 2.0)},
+    statistics=torch.rand(2, 2, 5),
     mean_image=torch.rand(4, 4, 3),
     labels=("cat", "dog"),
     progress=Progress(3, 1.5, 7.0, 2.5, 0.5),
@@ -37,6 +38,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(loaded.momentum["fc.weight"], torch.ones(3, 3))
     assert torch.equal(loaded.trained["fc.weight"], SAVED.trained["fc.weight"])
     assert torch.equal(loaded.mean_image, SAVED.mean_image)
+    assert torch.equal(loaded.statistics, SAVED.statistics)
 
 
 def test_a_run_s_folder_means_its_last_checkpoint(tmp_path: Path) -> None:
@@ -56,6 +58,22 @@ def test_a_cut_off_checkpoint_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
     with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(path)
+
+
+def test_a_state_dict_is_not_called_damaged(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(2)}, tmp_path / "resnet18.pth")
+
+    with pytest.raises(CheckpointError, match=r"is no checkpoint of training/train\.py: those end in \.safetensors"):
+        checkpoint.load(tmp_path / "resnet18.pth")
+
+
+def test_a_recipe_that_can_t_be_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    header = '{"format": 1, "recipe": {"name": "x", "depth": 21}, "history": []}'
+    safetensors.torch.save_file({"weights.w": torch.zeros(2)}, path, {"resnet_ensemble": header})
+
+    with pytest.raises(CheckpointError, match="recipe that this version refuses"):
         checkpoint.load(path)
 
 

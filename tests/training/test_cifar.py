@@ -1,4 +1,5 @@
 import hashlib
+import http.client
 import pickle
 import tarfile
 import urllib.request
@@ -188,9 +189,12 @@ def test_a_damaged_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.iterdir())
 
 
-def test_offline_the_error_says_which_file_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError("Name or service not known"), http.client.IncompleteRead(b"half")])
+def test_offline_the_error_says_which_file_to_put_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise OSError("Name or service not known")
+        raise error
 
     monkeypatch.setattr(urllib.request, "urlopen", fail)
 

@@ -187,13 +187,35 @@ def test_a_cmyk_jpeg_has_pillow_s_colours(tmp_path: Path) -> None:
     np.testing.assert_allclose(fast.float(), np.asarray(decode(str(tmp_path / "c.jpg")), np.float32), atol=4)
 
 
-def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
+def test_a_picture_that_says_it_lies_on_its_side_is_set_upright_by_both_decoders(tmp_path: Path) -> None:
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    Image.linear_gradient("L").resize((60, 40)).save(tmp_path / "phone.jpg", exif=orientation)
+
+    upright = np.asarray(decode(str(tmp_path / "phone.jpg")), np.float32)
+
+    assert upright.shape == (60, 40, 3)
+    np.testing.assert_allclose(_decode_fast(str(tmp_path / "phone.jpg")).permute(1, 2, 0), upright, atol=4)
+
+
+def test_a_training_class_without_pictures_is_named(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, train=2, val=1)
+    (root / "train" / "n00000001").mkdir()
+
+    with pytest.raises(DataError, match="classes without images: n00000001"):
+        Folders(FOLDERS, root, ALONE, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_named(tmp_path: Path, workers: int) -> None:
     root = write_folders(tmp_path, train=4, val=1)
     broken = root / "train" / "n01443537" / "n01443537_1.JPEG"
     broken.write_bytes(broken.read_bytes()[:100])
 
-    with pytest.raises(DataError, match=r"n01443537_1\.JPEG can't be decoded"):
-        list(data_of(replace(FOLDERS, batch_size=12), root).batches(0, crop=64, mean=MEAN, start=0, stop=1))
+    data = data_of(replace(FOLDERS, batch_size=12), root, workers=workers)
+    with pytest.raises(DataError, match=r"n01443537_1\.JPEG can't be decoded") as raised:
+        list(data.batches(0, crop=64, mean=MEAN, start=0, stop=1))
+    assert str(raised.value).startswith(str(root))
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,27 @@ def test_shortcut_options_differ_by_their_projections(option: Shortcut, count: i
 
 
 @pytest.mark.parametrize(
+    ("depth", "option", "count"),
+    [
+        (50, "A", 22_780_456),
+        (50, "C", 40_128_552),
+        (101, "A", 41_772_584),
+        (101, "C", 76_981_288),
+        (152, "A", 57_416_232),
+        (152, "C", 107_335_720),
+    ],
+)
+def test_bottlenecks_have_every_option_and_both_strides(depth: int, option: Shortcut, count: int) -> None:
+    """Counted by hand: a projection from f to g filters is f * g weights, and 2 g of its batch normalisation."""
+    assert parameter_count(imagenet(depth, shortcut=option, stride_at="v1")) == count
+    assert parameter_count(imagenet(depth, shortcut=option, stride_at="v1.5")) == count
+    ends = [(64, 256), (256, 512), (512, 1024), (1024, 2048)]
+    projections = sum(f * g + 2 * g for f, g in ends)
+    others = sum((blocks - 1) * (g * g + 2 * g) for blocks, (_, g) in zip(BLOCKS[depth], ends, strict=True))
+    assert count - IMAGENET_PARAMETERS[depth] == {"A": -projections, "C": others}[option]
+
+
+@pytest.mark.parametrize(
     ("network", "depth"),
     [(imagenet(18), 18), (imagenet(50), 50), (imagenet(152), 152), (cifar(20), 20)],
 )

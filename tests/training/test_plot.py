@@ -93,4 +93,22 @@ def test_the_command_draws_what_the_function_does(logs: list[Path], root: Path, 
 
     subprocess.run(command, cwd=root, check=True)
 
-    assert (tmp_path / "x.png").read_bytes() == plot.draw([plot.named(logs[:1]), plot.named(logs[1:2])], 25)
+    assert (tmp_path / "x.png").read_bytes() == plot.draw([plot.named(logs[:1]), plot.named(logs[1:2])])
+
+
+@pytest.mark.parametrize(
+    "content", [None, "a,b\n1,2\n", "epoch,train_error,val_error\n", "epoch,train_error,val_error\n1\n"]
+)
+def test_a_file_that_is_no_log_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "log.csv").write_text(content)
+
+    with pytest.raises(plot.LogError, match=r"log\.csv (is no log|has no epochs)"):
+        plot.read(tmp_path / "log.csv")
+
+
+def test_without_a_highest_error_the_axis_fits_the_last_ones(logs: list[Path]) -> None:
+    log = plot.read(logs[0])
+
+    assert plot.draw([{"a": log}]) == plot.draw([{"a": log}], 3 * log["val_error"][-1])
+    assert plot.draw([{"a": log | {"val_error": [0.0] * len(log["epoch"])}}])

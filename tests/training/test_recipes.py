@@ -85,7 +85,21 @@ def test_what_follows_from_a_change_is_changed_too_unless_it_is_given() -> None:
         ("augmentation=area", "area is not an augmentation of cifar10"),
         ("first_crop=16", "only the augmentation `area`"),
         ("test_crop=16", "a mean image has one size"),
-        ("batch_size=0", "sizes must be positive"),
+        ("batch_size=0", "batch_size must lie in 1 to inf, not 0"),
+        ("depth=21", "a CIFAR network has 6n \\+ 2 layers"),
+        ("iterations=-5", "iterations must lie in 0 to inf, not -5"),
+        ("momentum=2", "momentum must lie in 0 to 1"),
+        ("weight_decay=-1", "weight_decay must lie in"),
+        ("label_smoothing=nan", "label_smoothing must be written like a Python float"),
+        ("drops=(32000, 48000)", "drops are shares of all steps"),
+        ("drops=(0.5, 'x')", r"drops must be tuple\[float, \.\.\.\], not"),
+        ("mean=(0.5,)", r"mean must be tuple\[float, float, float\], not '\(0.5,\)'"),
+        ("mean=(125, 123, 114)", "mean .* must lie in 0 to 1"),
+        ("std=(0, 0, 0)", "std .* above 0"),
+        ("crop=64", r"a crop of 64 does not fit into 32 \+ 2 \* 4"),
+        ("bn_images=100", "bn_images must be 0, or at least a batch of 128"),
+        ("name=../other", "name becomes a folder's"),
+        ("name=", "name becomes a folder's"),
     ],
 )
 def test_mistakes_are_named(assignment: str, message: str) -> None:
@@ -93,9 +107,35 @@ def test_mistakes_are_named(assignment: str, message: str) -> None:
         changed(CIFAR_PAPER, [assignment])
 
 
-def test_a_scale_below_the_crop_is_refused() -> None:
-    with pytest.raises(RecipeError, match="a crop of 224 needs a scale from there up"):
-        changed(IMAGENET_PAPER, ["scale=(200, 300)"])
+@pytest.mark.parametrize(
+    ("recipe", "assignments", "message"),
+    [
+        ("resnet50-imagenet-paper", "scale=(200,300)", "a crop of 224 needs a scale from there up"),
+        ("resnet50-imagenet", "depth=20", r"one of \[18, 34, 50, 101, 152\] layers, not 20"),
+        ("resnet50-imagenet", "crop=128", "crops grow: the first, 160, can't exceed 128"),
+        ("resnet50-imagenet", "test_crop=300", "a crop of 300 does not fit into 256"),
+        ("resnet20-cifar10", "test_crop=24", "test_resize and test_crop must be 32"),
+        ("resnet20-cifar10", "momentum=0", "set nesterov=False too"),
+    ],
+)
+def test_what_can_t_be_is_refused(recipe: str, assignments: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        changed(RECIPES[recipe], assignments.split())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shortcut", "network"),
+    [
+        ("resnet20-cifar10", "A", "resnet20"),
+        ("resnet20-cifar10", "B", "resnet20b"),
+        ("resnet34b-imagenet", "C", "resnet34c"),
+        ("resnet50-imagenet", "B", "resnet50"),
+        ("resnet50-imagenet", "C", "resnet50c"),
+        ("resnet50-imagenet", "plain", "plain50"),
+    ],
+)
+def test_a_network_that_is_not_the_paper_s_has_not_its_name(recipe: str, shortcut: str, network: str) -> None:
+    assert changed(RECIPES[recipe], [f"shortcut={shortcut}"]).network == network
 
 
 def test_a_one_cycle_without_warm_up_is_refused() -> None:

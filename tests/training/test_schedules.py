@@ -63,3 +63,21 @@ def test_crops_grow_from_the_first_size_to_the_last() -> None:
 @given(epoch=st.integers(0, 99), last=st.sampled_from([32, 192, 224]))
 def test_crops_of_one_size_stay_so(epoch: int, last: int) -> None:
     assert schedules.crop_size(epoch, epochs=100, first=last, last=last) == last
+
+
+@pytest.mark.parametrize(("first", "last"), [(160, 176), (128, 185), (161, 192)])
+def test_the_last_tenth_has_the_last_crop_also_where_that_is_no_number_of_steps_away(first: int, last: int) -> None:
+    sizes = [schedules.crop_size(epoch, epochs=40, first=first, last=last) for epoch in range(40)]
+
+    assert sizes[0] == first
+    assert sizes[36:] == [last] * 4
+    assert max(sizes) == last
+
+
+def test_an_average_forgets_the_weights_that_it_began_with_also_in_a_short_run() -> None:
+    kept = 1.0
+    for updates in range(1, 300):
+        kept *= schedules.ema_decay(updates, decay=0.999)
+
+    assert kept < 1e-6
+    assert schedules.ema_decay(10**5, decay=0.999) == 0.999

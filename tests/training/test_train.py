@@ -70,6 +70,7 @@ def test_training_learns_and_logs_every_epoch(tmp_path: Path) -> None:
     assert lines[0].startswith("epoch,learning_rate,train_loss")
     assert len(lines) == 4
     assert list((tmp_path / "tensorboard").iterdir())
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_checkpoint_says_what_made_it(tmp_path: Path) -> None:
@@ -188,6 +189,17 @@ def test_a_diverged_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path, pea
     with pytest.raises(train.Stopped, match="the loss became"):
         run(tmp_path, replace(TINY, peak_learning_rate=peak))
     assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_a_last_step_that_ruins_the_weights_does_not_replace_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss before it is fine, and no step of the epoch shows another."""
+    monkeypatch.setattr(train, "learning_rate", lambda _recipe, step, *_: math.inf if step == 11 else 0.01)
+
+    with pytest.raises(train.Stopped, match="weights not finite, in step 6 of epoch 2"):
+        run(tmp_path)
+    assert len(checkpoint.load(tmp_path).history) == 1
 
 
 def test_weight_decay_is_only_on_convolution_and_linear_weights_unless_the_recipe_says_all() -> None:
@@ -378,6 +390,46 @@ def test_two_processes_with_half_the_batch_each_are_one_with_the_whole_batch(tmp
     assert max(float((tmp_path / f"worst.{rank}").read_text()) for rank in (0, 1)) < 1e-5
 
 
+STOPPED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
+from pathlib import Path
+from tests.training.small import cifar_of_two
+from tests.training.test_train import TINY
+from resnet_ensemble.training import cifar, processes, train
+cifar.read, train.LOOK_EVERY = cifar_of_two, 1
+recipe, out, options = replace(TINY, epochs=1, ema_decay=0.9), Path(sys.argv[2]), train.Options(workers=0)
+step, calls = train.step, 0
+def step_then_sigterm(*arguments):
+    global calls
+    calls += 1
+    if calls == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(*arguments)
+with processes.join() as group:
+    train.train(recipe, Path("unused"), out / "whole", options)
+    train.step = step_then_sigterm
+    try:
+        train.train(recipe, Path("unused"), out / "stopped", options)
+    except train.Stopped as stopped:
+        assert stopped.code == 143
+    train.train(recipe, Path("unused"), out / "stopped", options)
+"""
+
+
+def test_two_processes_that_were_stopped_in_an_epoch_end_bit_identical_with_their_statistics(
+    tmp_path: Path, root: Path
+) -> None:
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    done = torchrun(2, str(tmp_path / "stopped.py"), str(root), str(tmp_path), cwd=tmp_path)
+
+    whole, stopped = (checkpoint.load(tmp_path / name) for name in ("whole", "stopped"))
+
+    assert "saved after step 3 of epoch 1" in done.stdout
+    assert same(stopped, whole)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_paper_s_imagenet_recipe_finishes_two_epochs_on_a_small_tree(
     tmp_path: Path, root: Path, processes: int
@@ -404,7 +456,7 @@ def test_the_paper_s_imagenet_recipe_finishes_two_epochs_on_a_small_tree(
 
 
 def test_the_short_imagenet_recipe_learns_a_small_tree(tmp_path: Path, folders: Path) -> None:
-    result = run(tmp_path, replace(FOLDERS, epochs=8, ema_decay=0.5), folders)
+    result = run(tmp_path, replace(FOLDERS, epochs=8), folders)
 
     assert result.history[-1].val_error <= 100 / 3
 
@@ -415,6 +467,8 @@ def test_the_short_imagenet_recipe_learns_a_small_tree(tmp_path: Path, folders: 
         (["resnet20-cifar10", "--data", "none"], "no CIFAR-10 in none"),
         (["resnet50-imagenet", "--data", "none"], "no train/ in none"),
         (["resnet20-cifar10", "--data", "none", "--set", "epoch=2"], "a recipe has no 'epoch'"),
+        (["resnet20-cifar10", "--data", "none", "--set", "epoch=2", "--set", "seed=1"], "a recipe has no 'epoch'"),
+        (["resnet20-cifar10", "--data", "none", "--set", "depth=21"], "resnet20-cifar10: a CIFAR network has 6n + 2"),
     ],
 )
 def test_mistakes_on_the_command_line_are_answered_in_one_line(
