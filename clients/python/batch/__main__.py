@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_argument_group("which inputs")
     which.add_argument("--path-column", metavar="C", default=Columns.path, help="of a list (default: %(default)s)")
     which.add_argument("--bytes-column", metavar="C", help="of a list that holds the pictures; base64 in text")
-    which.add_argument("--id-column", metavar="C", help="of a list, what rows are known by (default: the path)")
+    which.add_argument(
+        "--id-column", metavar="C", help="of a list: the id of rows (default: path, or list:row for bytes)"
+    )
     which.add_argument("--root", metavar="DIR", help="what relative paths in lists begin from (default: here)")
     which.add_argument("--limit", metavar="N", type=_positive, help="the first so many")
     which.add_argument("--sample", metavar="P", type=_share, help="about this share, the same ones every time: 0.01")

@@ -324,7 +324,7 @@ class _Run:
 
     def _count_inputs(self) -> None:
         """For the progress; it runs in a thread of its own. What can't be counted is told by the run itself."""
-        with suppress(InputError, OSError):
+        with suppress(Exception):
             self._progress.total = self._job.count()
 
     def _count(self, row: Row) -> None:

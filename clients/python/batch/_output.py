@@ -124,7 +124,7 @@ class Output:
                 if not changed:
                     return None
                 lost = f"{self.rows:,} rows are taken away ({changed})"
-            header = json.dumps({"format": VERSION, "configuration": plain}, ensure_ascii=False)
+            header = json.dumps({"format": VERSION, "configuration": plain})
             self._write_ledger(header.encode() + b"\n")
             self._entries = []
             self._remove_what_is_not_live()

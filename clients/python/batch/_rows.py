@@ -21,7 +21,11 @@ COLUMNS = ("id", "path", "sha256", *_FROM_PREDICTION, "latency_ms", "error_code"
 
 def printable(text: str) -> str:
     """A path as UTF-8 can hold it: bytes of a file name that are none become backslash escapes."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        name = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell; no file has that name
+        name = text.encode("utf-8", "surrogatepass")
+    return name.decode("utf-8", "backslashreplace")
 
 
 def of_prediction(id: str, path: str, sha256: str, prediction: Prediction, latency_ms: float) -> Row:  # noqa: A002

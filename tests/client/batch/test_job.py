@@ -313,6 +313,24 @@ def test_a_list_that_breaks_off_ends_the_job_and_keeps_its_rows(do: Do, tmp_path
     assert summary.total_rows == 10
 
 
+def test_names_of_files_may_be_any_bytes(do: Do, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff\n.jpg")).write_text("a picture")
+
+    for _ in range(2):
+        assert do(inputs=(str(folder),)).total_rows == 1
+
+    assert [row["id"] for row in rows_of(tmp_path / "rows")] == [f"{tmp_path}/caf\\xe9/\\xff\n.jpg"]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_list_that_is_damaged_is_told_once(do: Do, tmp_path: Path) -> None:
+    (tmp_path / "list.parquet").write_bytes(b"nonsense")
+
+    assert "list.parquet can't be read further" in str(do(inputs=(str(tmp_path / "list.parquet"),)).stopped)
+
+
 def test_an_input_that_is_nothing_is_told_before_anything_happens(do: Do, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no/such/folder is no file or folder here"):
         do(inputs=("no/such/folder",))
