@@ -15,6 +15,7 @@ exit codes: 0; 3 finished, with error rows; 130 interrupted (143 by SIGTERM); 1 
 import argparse
 import itertools
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -166,6 +167,8 @@ class _Lines:
     def progress(self, progress: Progress) -> None:
         line = progress.line()
         if self._terminal:
+            # A line that is wrapped would not be written over.
+            line = line[: shutil.get_terminal_size().columns - 1]
             print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
             self._width = len(line)
         elif time.monotonic() - self._last >= _PLAIN_SECONDS:

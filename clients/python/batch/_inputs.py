@@ -394,8 +394,9 @@ def _walk_remote(folder: str, sort: bool, depth: int | None) -> Iterator[Item]:
     system, root = _driver(folder)
     try:
         for parent, _, files in system.walk(root, maxdepth=depth, on_error="raise"):
+            hidden = "/." in parent.removeprefix(root)
             for name in sorted(files) if sort else files:
-                if name and not name.startswith("."):
+                if name and not name.startswith(".") and not hidden:
                     path = system.unstrip_protocol(f"{parent}/{name}")
                     yield Item(printable(path), path)
     except Exception as error:

@@ -124,6 +124,8 @@ class Output:
                 if not changed:
                     return None
                 lost = f"{self.rows:,} rows are taken away ({changed})"
+                if self._target != self._folder:
+                    self._disk.remove(self._target)  # nobody shall take it for what is begun now
             header = json.dumps({"format": VERSION, "configuration": plain})
             self._write_ledger(header.encode() + b"\n")
             self._entries = []

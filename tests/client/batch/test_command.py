@@ -19,8 +19,8 @@ import httpx2
 import pytest
 
 from resnet_ensemble.client import AsyncClient, Client
-from resnet_ensemble.client.batch import Job, run
-from resnet_ensemble.client.batch.__main__ import main
+from resnet_ensemble.client.batch import Job, Progress, run
+from resnet_ensemble.client.batch.__main__ import _Lines, main
 from resnet_ensemble.client.batch._rows import Row
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines.fake import FakeEngine
@@ -128,6 +128,21 @@ def test_the_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["--help"])
     assert re.search(r"exit codes: 0; 3 finished, with error rows; 130 interrupted", capsys.readouterr().out)
+
+
+def test_a_line_is_not_longer_than_the_terminal_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+
+    _Lines().progress(Progress(total=1_000_000, views_used=1, views_planned=2))
+
+    assert terminal.getvalue().startswith("\r0/1,000,000 (0.0%), 0.0/s, ")
+    assert len(terminal.getvalue()) == 40
 
 
 def test_paths_come_from_the_standard_input(photos: Path, tmp_path: Path, fake_server: str) -> None:

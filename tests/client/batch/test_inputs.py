@@ -361,6 +361,7 @@ def test_addresses_are_read_with_fsspec(folder: Path) -> None:
 
     memory = fsspec.filesystem("memory")
     memory.pipe({"/photos/a.jpg": b"A", "/photos/in/b.png": b"B", "/photos/c.txt": b"memory://photos/a.jpg\n"})
+    memory.pipe({"/photos/.hidden/d.jpg": b"D", "/photos/.e.jpg": b"E"})
     try:
         found = items("memory://photos")
         assert [(item.id, item.read()) for item in found] == [

@@ -1,6 +1,7 @@
 """Jobs against a server that is a function."""
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from resnet_ensemble.client import ConnectionFailedError, ResnetError
+from resnet_ensemble.client import AsyncClient, ConnectionFailedError, Info, ResnetError
+from resnet_ensemble.client._errors import error_class
 from resnet_ensemble.client.batch import COLUMNS, InputError, Job, OutputError, Progress, Summary, run
 from resnet_ensemble.client.batch import _job as job_module
 from resnet_ensemble.client.batch import _sender as sender_module
@@ -219,6 +221,53 @@ def test_a_server_that_stays_away_ends_the_job_and_makes_no_error_rows(do: Do, q
 
     assert (summary.total_rows, summary.exit_code) == (0, 1)
     assert "nothing was answered for 0.05 s" in str(summary.stopped)
+
+
+def test_a_server_that_hangs_is_not_the_fault_of_thousands_of_pictures(
+    do: Do, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = itertools.count()
+
+    async def predict(content: bytes) -> httpx2.Response:
+        if next(answers) < 4:
+            return answered(content)
+        await asyncio.sleep(0.05)
+        raise httpx2.ReadTimeout("late")
+
+    summary = do(predict, patience=0.5, max_concurrency=2)
+
+    assert (summary.rows - summary.errors, summary.exit_code) == (4, 1)
+    assert "nothing was answered for 0.5 s" in str(summary.stopped)
+    assert summary.requests < 4 + 2 * 12
+
+
+def test_a_busy_server_that_says_at_once_is_not_asked_at_once(do: Do, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float | None] = []
+    monkeypatch.setattr(sender_module, "delay", lambda retry, seconds: asked.append(seconds) or 0.001)
+    answers = itertools.count()
+
+    def predict(content: bytes) -> httpx2.Response:
+        return problem(503, "overloaded", **{"Retry-After": "0"}) if next(answers) < 3 else answered(content)
+
+    assert do(predict).rows == 10
+    assert asked == [None] * 3
+
+
+@pytest.mark.parametrize(("status", "code"), [(429, "quota_exceeded"), (503, "not_ready"), (408, "slow_upload")])
+def test_a_server_that_is_busy_at_first_is_waited_for(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+) -> None:
+    answers = itertools.count()
+
+    async def info(client: AsyncClient) -> Info:
+        if next(answers) < 1:
+            raise error_class(status, code)(status, code, "later", "", None)
+        return await really_ask(client)
+
+    really_ask = AsyncClient.info
+    monkeypatch.setattr(AsyncClient, "info", info)
+
+    assert run(Job((str(pictures),), tmp_path / "rows"), connect=server(answered)).rows == 10
 
 
 def test_patience_does_not_run_out_while_there_is_nothing_to_ask(
