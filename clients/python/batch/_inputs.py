@@ -59,15 +59,15 @@ class Item:
     content: bytes | None = None
     problem: str | None = None
 
-    def read(self) -> bytes:
-        """The encoded picture. Raises OSError."""
+    def read(self, most: int = -1) -> bytes:
+        """The encoded picture, of a file no more than `most` bytes. Raises OSError."""
         if self.problem is not None:
             raise OSError(self.problem)
         if self.content is not None:
             return self.content
         with _open(self.path) as file:
             try:
-                return file.read()
+                return file.read(most)
             except Exception as error:
                 raise _as_os_error(self.path, error) from error
 

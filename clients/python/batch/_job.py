@@ -170,6 +170,11 @@ def run(
     return asyncio.run(_Run(job, on_progress, tell).run(connect or job.connect))
 
 
+def _most_bytes(served: Info) -> int | None:
+    limit = served.limits.get("max_image_bytes")
+    return None if limit is None else int(limit)
+
+
 class _Run:
     def __init__(self, job: Job, on_progress: Callable[[Progress], None], tell: Callable[[str], None]) -> None:
         self._job = job
@@ -237,6 +242,7 @@ class _Run:
         sender = Sender(
             client,
             bundle=served.bundle,
+            most_bytes=_most_bytes(served),
             top_k=job.top_k,
             # Said with every picture: the server may be started again with other defaults.
             protocol=job.protocol or served.protocol,
@@ -277,6 +283,7 @@ class _Run:
             api_key=job.api_key,
             bundle=job.bundle and job.bundle.resolve(),
             identity=served.bundle,
+            most_bytes=_most_bytes(served),
             top_k=job.top_k,
             protocol=job.protocol or served.protocol,
             stop=job.stop or served.stop,

@@ -9,6 +9,7 @@ Row: TypeAlias = dict[str, Any]
 
 # Codes of failures that no server told; a StatusError brings the server's.
 UNREADABLE = "unreadable"
+TOO_LARGE = "image_too_large"  # the server's own word
 TIMED_OUT = "timed_out"
 CONNECTION_LOST = "connection_lost"
 

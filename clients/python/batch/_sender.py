@@ -27,6 +27,7 @@ class Sender:
     """Makes rows. Any number of inputs at a time: the gate says how many of them are in flight.
 
     - bundle: what has to answer; rows of two bundles don't belong together
+    - most_bytes: what it refuses pictures above, if that is known; files of more are not read whole
     - patience: seconds without any answer after which it stops
     """
 
@@ -35,6 +36,7 @@ class Sender:
         client: AsyncClient,
         *,
         bundle: str,
+        most_bytes: int | None,
         top_k: int,
         protocol: str | None,
         stop: str | None,
@@ -44,6 +46,7 @@ class Sender:
     ) -> None:
         self._client = client
         self._bundle = bundle
+        self._most = most_bytes
         self._top_k = top_k
         self._protocol = protocol
         self._stop = stop
@@ -59,9 +62,12 @@ class Sender:
         """The row of an input; None if it was not done because of `drain`. Raises StopJobError."""
         path = _rows.printable(item.path)
         try:
-            content = item.content if item.content is not None else await asyncio.to_thread(item.read)
+            content = item.content if item.content is not None else await asyncio.to_thread(self._read, item)
         except OSError as error:
             return _rows.of_error(item.id, path, None, _rows.UNREADABLE, str(error))
+        if content is None:
+            message = f"the file has more than the {self._most:,} bytes that the server takes"
+            return _rows.of_error(item.id, path, None, _rows.TOO_LARGE, message)
         sha256 = hashlib.sha256(content).hexdigest()
         attempts, failures = 0, Counter[str]()
         while await self._gate.enter():
@@ -94,6 +100,13 @@ class Sender:
         """Finish what is in flight and begin nothing more."""
         self._draining.set()
         self._gate.close()
+
+    def _read(self, item: Item) -> bytes | None:
+        """The picture, or None if it is too large."""
+        if self._most is None:
+            return item.read()
+        content = item.read(self._most + 1)
+        return None if len(content) > self._most else content
 
     async def _send(self, content: bytes) -> Prediction | ResnetError:
         self._progress.requests += 1

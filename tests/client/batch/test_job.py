@@ -22,7 +22,7 @@ from resnet_ensemble.client.batch import COLUMNS, InputError, Job, OutputError, 
 from resnet_ensemble.client.batch import _job as job_module
 from resnet_ensemble.client.batch import _sender as sender_module
 from resnet_ensemble.client.batch._inputs import Item
-from tests.client.batch.conftest import answered, problem, rows_of, server
+from tests.client.batch.conftest import MOST_BYTES, answered, problem, rows_of, server
 
 Do = Callable[..., Summary]
 
@@ -115,6 +115,17 @@ def test_bad_pictures_are_rows_with_the_servers_code(do: Do, pictures: Path, tmp
     assert rows[5]["sha256"]
     assert (summary.errors, summary.exit_code) == (2, 3)
     assert do(predict, order="input").exit_code == 3  # the rows are still there
+
+
+def test_a_file_that_the_server_would_refuse_is_not_read_whole(do: Do, pictures: Path, tmp_path: Path) -> None:
+    with (pictures / "0.jpg").open("wb") as file:
+        file.truncate(2**40)  # sparse: no disk holds it, and no memory
+    (pictures / "1.jpg").write_bytes(bytes(MOST_BYTES))
+
+    assert do().errors == 1
+    (row,) = [row for row in rows_of(tmp_path / "rows") if row["error_code"]]
+    assert (Path(row["id"]).name, row["error_code"], row["sha256"]) == ("0.jpg", "image_too_large", None)
+    assert "more than the 1,000,000 bytes" in row["error_message"]
 
 
 def test_error_rows_are_done_again_when_asked_for(do: Do, tmp_path: Path) -> None:
@@ -276,9 +287,9 @@ def test_patience_does_not_run_out_while_there_is_nothing_to_ask(
     really_read = Item.read
     seen: set[bytes] = set()
 
-    def read(item: Item) -> bytes:
+    def read(item: Item, most: int = -1) -> bytes:
         time.sleep(0.5)
-        return really_read(item)
+        return really_read(item, most)
 
     def predict(content: bytes) -> httpx2.Response:
         first = content not in seen
