@@ -133,7 +133,10 @@ def _preview(job: Job) -> None:
     inputs.check()
     output = Output(job.output, form=job.format)
     begun = output.look()
-    seen = Seen(output.ids())
+    # the server is not asked, so what it serves is taken to be the same
+    now = job.configuration(begun["bundle"], begun["protocol"], begun["stop"]) if begun else {}
+    changed = differences(begun or {}, now)
+    seen = Seen(() if changed and job.force else output.ids())
     items = job.chosen(inputs)
     first = list(itertools.islice(items, 3))
     new = total = 0
@@ -149,8 +152,8 @@ def _preview(job: Job) -> None:
         print(f"{job.output}: nothing yet")
         return
     print(f"{job.output}: {output.rows:,} rows, {output.errors:,} of them errors, of {begun['bundle']}")
-    # the server is not asked, so what it serves is taken to be the same
-    changed = differences(begun, job.configuration(begun["bundle"], begun["protocol"], begun["stop"]))
+    if job.retry_errors and output.errors and not changed:
+        print(f"the {output.errors:,} error rows are taken away first, and their inputs done again")
     if changed:
         forced = f"takes these {output.rows:,} rows away and begins again"
         print(f"changed: {'; '.join(changed)}; a run {forced if job.force else 'is refused without --force'}")
