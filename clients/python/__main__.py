@@ -16,11 +16,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from resnet_ensemble.client._client import Client
-from resnet_ensemble.client._errors import AuthenticationError, ConnectionFailedError, ResponseError, StatusError
+from resnet_ensemble.client._errors import ResnetError, StatusError
 from resnet_ensemble.client._images import encoded
 from resnet_ensemble.client._types import Prediction
 from resnet_ensemble.client.batch import _rows
 from resnet_ensemble.client.batch._rows import Row
+from resnet_ensemble.client.batch._verdict import stops
 
 _BAR = 20  # characters for a probability of 1
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             for row in rows:
                 failed |= row["error_code"] is not None
                 print(json.dumps(row, ensure_ascii=False) if plain else table(row), flush=True)
-    except (ConnectionFailedError, ResponseError, StatusError) as error:
+    except ResnetError as error:
         print(f"resnet-classify: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has seen enough
@@ -87,7 +88,7 @@ def _classified(client: Client, paths: Iterable[str], **options: Any) -> Iterato
         try:
             prediction: Prediction = client.classify(content, **options)
         except StatusError as error:
-            if isinstance(error, AuthenticationError) or error.code == "invalid_option" or error.status == 404:
+            if stops(error):
                 raise
             yield _rows.of_error(name, name, sha256, error.code, _rows.error_message(error))
         else:

@@ -23,6 +23,11 @@ Answer: TypeAlias = Prediction | ResnetError | OSError
 _T = TypeVar("_T")
 
 
+def _check(concurrency: int) -> None:
+    if concurrency < 1:
+        raise ValueError(f"the concurrency is {concurrency}; it must be at least 1")
+
+
 def _changed(options: Options, **given: Any) -> Options:
     return replace(options, **{name: value for name, value in given.items() if value is not None})
 
@@ -98,6 +103,7 @@ class Client:
         An image that fails gives its error as a value. `images` may be endless: it is read little by little, and
         nothing is begun before the first answer is asked for.
         """
+        _check(concurrency)
 
         def classify(image: Image) -> Answer:
             try:
@@ -225,6 +231,7 @@ class AsyncClient:
         concurrency: int = 8,
     ) -> AsyncIterator[Answer]:
         """Classify images, `concurrency` at a time, and give their answers in order; see Client.classify_many."""
+        _check(concurrency)
         running = asyncio.Semaphore(concurrency)
 
         async def classify(image: Image) -> Answer:

@@ -8,6 +8,8 @@ import zlib
 from typing import IO, Any, Protocol, TypeAlias
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_TRANSPARENT_MODES = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}  # and what PNG has for them
+_ORIENTATION = 0x112  # the tag of EXIF
 _PNG_COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # by channels: grey, RGB, RGBA
 
 
@@ -23,7 +25,8 @@ class PilImage(Protocol):
     @property
     def mode(self) -> str: ...
     def convert(self, mode: str, /) -> "PilImage": ...
-    def save(self, fp: IO[bytes], kind: str, /) -> None: ...
+    def getexif(self) -> Any: ...
+    def save(self, fp: IO[bytes], kind: str, /, *, exif: Any) -> None: ...
 
 
 class Array(Protocol):
@@ -68,14 +71,21 @@ def _is_a(value: object, module: str, name: str) -> bool:
 
 
 def _encoded_pil(image: Any) -> bytes:
+    """A PNG, to be turned as its EXIF says: the same picture as its file."""
+    image.load()  # which turns a TIFF
+    exif = image.getexif()
+    turned = type(exif)()
+    if _ORIENTATION in exif:
+        turned[_ORIENTATION] = exif[_ORIENTATION]
+    plain = image if image.mode in _PNG_MODES else image.convert(_TRANSPARENT_MODES.get(image.mode, "RGB"))
     content = io.BytesIO()
-    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(content, "PNG")
+    plain.save(content, "PNG", exif=turned)
     return content.getvalue()
 
 
 def _encoded_array(array: Any) -> bytes:
     """A PNG of an array, lossless."""
-    channels = 1 if array.ndim == 2 else array.shape[-1]
+    channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype.str != "|u1" or array.ndim not in (2, 3) or channels not in _PNG_COLOUR_TYPES or not array.size:
         raise TypeError(
             "an array must be uint8 of shape (h, w), (h, w, 1), (h, w, 3) or (h, w, 4), with at least one pixel, "

@@ -16,6 +16,7 @@ import httpx2
 
 from resnet_ensemble.client._errors import (
     ConnectionFailedError,
+    ResnetError,
     ResponseError,
     StatusError,
     TimedOutError,
@@ -69,8 +70,22 @@ class Options:
         return timeout.read if isinstance(timeout, httpx2.Timeout) else timeout
 
     def base(self) -> str:
-        """The server's URL, without a slash at its end."""
-        return (self.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL).rstrip("/")
+        """The server's URL, without a slash at its end. Raises ResnetError if it can be none."""
+        given = self.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        try:
+            url = httpx2.URL(given)
+        except httpx2.InvalidURL as error:
+            raise ResnetError(f"{given!r} is no URL of a server: {error}") from error
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ResnetError(f"{given!r} is no URL of a server; one is {DEFAULT_URL}")
+        return given.rstrip("/")
+
+    def key(self) -> str | None:
+        """The key to send, if there is one. Raises ResnetError if it can be none."""
+        key = self.api_key or os.environ.get(KEY_VARIABLE)
+        if key and not (key.isascii() and key.isprintable()):
+            raise ResnetError("the API key has characters that no header can have; is there a line end in it?")
+        return key
 
 
 def predict(
@@ -130,7 +145,7 @@ def _exchange(options: Options, method: str, path: str, **arguments: Any) -> Con
 
 def _request(options: Options, method: str, path: str, **arguments: Any) -> Request:
     headers = {"User-Agent": _user_agent(), **arguments.pop("headers", {})}
-    key = options.api_key or os.environ.get(KEY_VARIABLE)
+    key = options.key()
     if key:
         headers["Authorization"] = f"Bearer {key}"
     if options.timeout is not None:

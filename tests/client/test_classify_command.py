@@ -72,7 +72,12 @@ def test_a_picture_comes_from_the_standard_input(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--url", "http://localhost:9"], "no connection to"), (["--protocol", "11crop"], "invalid_option")],
+    [
+        (["--url", "http://localhost:9"], "no connection to"),
+        (["--url", "localhost:9"], "is no URL of a server"),
+        (["--protocol", "11crop"], "invalid_option"),
+        (["--stop", "calibrated", "--protocol", "center"], "not_calibrated"),
+    ],
 )
 def test_what_is_the_same_for_every_picture_is_told_once(
     pictures: None, waits: list[float], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str

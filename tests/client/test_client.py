@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import resnet_ensemble.client as sdk
 from resnet_ensemble.client import AsyncClient, Client, Prediction
@@ -116,6 +116,59 @@ def test_an_array_arrives_as_it_is(scripted: Scripted) -> None:
     assert (received[1] == array[:, ::-1]).all()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_pil_image_is_turned_as_its_file_is(scripted: Scripted, kind: str) -> None:
+    picture = Image.new("RGB", (8, 4))
+    picture.putpixel((0, 0), (255, 255, 255))
+    exif = picture.getexif()
+    exif[0x112] = 6
+    file = io.BytesIO()
+    picture.save(file, kind, exif=exif)
+    client, requests = scripted(ok())
+
+    client.classify(Image.open(file))
+
+    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(requests[0].content)))
+    assert turned.tobytes() == ImageOps.exif_transpose(Image.open(file)).tobytes()
+    assert turned.size == (4, 8)
+
+
+@pytest.mark.parametrize("mode", ["La", "PA", "RGBa", "LA", "RGBA", "CMYK", "I;16B", "1"])
+def test_pil_images_of_every_mode_are_sent_and_stay_transparent(scripted: Scripted, mode: str) -> None:
+    client, requests = scripted(ok())
+
+    client.classify(Image.new(mode, (4, 4)))
+
+    sent = Image.open(io.BytesIO(requests[0].content))
+    assert sent.has_transparency_data == mode.upper().endswith("A")
+
+
+@pytest.mark.parametrize("concurrency", [0, -1])
+def test_no_concurrency_is_refused(scripted: Scripted, png: Png, concurrency: int) -> None:
+    client, _ = scripted()
+
+    with pytest.raises(ValueError, match=f"the concurrency is {concurrency}; it must be at least 1"):
+        list(client.classify_many([png(0)], concurrency=concurrency))
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://\ud800.org"])
+def test_what_is_no_url_is_told_at_once(scripted: Scripted, png: Png, url: str) -> None:
+    client, requests = scripted(url=url)
+
+    with pytest.raises(sdk.ResnetError, match="is no URL of a server") as failure:
+        client.classify(png(0))
+    assert (type(failure.value), requests) == (sdk.ResnetError, [])
+
+
+@pytest.mark.parametrize("key", ["secret\n", "secr\xe9t"])
+def test_a_key_that_can_not_be_sent_is_told_but_not_shown(scripted: Scripted, png: Png, key: str) -> None:
+    client, _ = scripted(api_key=key)
+
+    with pytest.raises(sdk.ResnetError, match="characters that no header can have") as failure:
+        client.classify(png(0))
+    assert "secr" not in str(failure.value)
+
+
 @pytest.mark.parametrize("image", [None, 3, io.StringIO("text"), ["a"]])
 def test_what_is_no_image_is_refused_before_anything_is_sent(scripted: Scripted, image: Any) -> None:
     client, requests = scripted()
@@ -127,8 +180,14 @@ def test_what_is_no_image_is_refused_before_anything_is_sent(scripted: Scripted,
 
 @pytest.mark.parametrize(
     "array",
-    [np.zeros((2, 2, 3)), np.zeros((3, 2, 2), np.uint8), np.zeros((0, 2), np.uint8), np.zeros((1, 2, 2, 3), np.uint8)],
-    ids=["float", "channels first", "empty", "a batch"],
+    [
+        np.zeros((2, 2, 3)),
+        np.zeros((3, 2, 2), np.uint8),
+        np.zeros((0, 2), np.uint8),
+        np.zeros((1, 2, 2, 3), np.uint8),
+        np.zeros((), np.uint8),
+    ],
+    ids=["float", "channels first", "empty", "a batch", "a number"],
 )
 def test_an_array_that_is_no_picture_is_refused(scripted: Scripted, array: Any) -> None:
     client, _ = scripted()

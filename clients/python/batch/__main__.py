@@ -15,6 +15,7 @@ exit codes: 0; 3 finished, with error rows; 130 interrupted (143 by SIGTERM); 1 
 import argparse
 import itertools
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -78,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_argument_group("which inputs")
     which.add_argument("--path-column", metavar="C", default=Columns.path, help="of a list (default: %(default)s)")
     which.add_argument("--bytes-column", metavar="C", help="of a list that holds the pictures; base64 in text")
-    which.add_argument("--id-column", metavar="C", help="of a list, what rows are known by (default: the path)")
+    which.add_argument(
+        "--id-column", metavar="C", help="of a list: the id of rows (default: path, or list:row for bytes)"
+    )
     which.add_argument("--root", metavar="DIR", help="what relative paths in lists begin from (default: here)")
     which.add_argument("--limit", metavar="N", type=_positive, help="the first so many")
     which.add_argument("--sample", metavar="P", type=_share, help="about this share, the same ones every time: 0.01")
@@ -130,7 +133,10 @@ def _preview(job: Job) -> None:
     inputs.check()
     output = Output(job.output, form=job.format)
     begun = output.look()
-    seen = Seen(output.ids())
+    # the server is not asked, so what it serves is taken to be the same
+    now = job.configuration(begun["bundle"], begun["protocol"], begun["stop"]) if begun else {}
+    changed = differences(begun or {}, now)
+    seen = Seen(() if changed and job.force else output.ids())
     items = job.chosen(inputs)
     first = list(itertools.islice(items, 3))
     new = total = 0
@@ -146,8 +152,8 @@ def _preview(job: Job) -> None:
         print(f"{job.output}: nothing yet")
         return
     print(f"{job.output}: {output.rows:,} rows, {output.errors:,} of them errors, of {begun['bundle']}")
-    # the server is not asked, so what it serves is taken to be the same
-    changed = differences(begun, job.configuration(begun["bundle"], begun["protocol"], begun["stop"]))
+    if job.retry_errors and output.errors and not changed:
+        print(f"the {output.errors:,} error rows are taken away first, and their inputs done again")
     if changed:
         forced = f"takes these {output.rows:,} rows away and begins again"
         print(f"changed: {'; '.join(changed)}; a run {forced if job.force else 'is refused without --force'}")
@@ -164,6 +170,8 @@ class _Lines:
     def progress(self, progress: Progress) -> None:
         line = progress.line()
         if self._terminal:
+            # A line that is wrapped would not be written over.
+            line = line[: shutil.get_terminal_size().columns - 1]
             print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
             self._width = len(line)
         elif time.monotonic() - self._last >= _PLAIN_SECONDS:

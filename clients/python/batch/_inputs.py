@@ -36,6 +36,7 @@ _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 _TEXTS = (".txt", ".lst", ".jsonl", ".ndjson", ".csv", ".tsv")
 _LISTS = (*_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS), ".parquet", *_ARCHIVES)
 _PARQUET_ROWS = 64  # read at a time: with bytes in a column they are pictures
+_PARQUET_BUFFER = 2**20  # bytes of a column that are read at a time
 _FIELD = 2**28  # characters in a field of a CSV list, which may be a picture; Python's own limit is 131,072
 
 
@@ -58,22 +59,25 @@ class Item:
     content: bytes | None = None
     problem: str | None = None
 
-    def read(self) -> bytes:
-        """The encoded picture. Raises OSError."""
+    def read(self, most: int = -1) -> bytes:
+        """The encoded picture, of a file no more than `most` bytes. Raises OSError."""
         if self.problem is not None:
             raise OSError(self.problem)
         if self.content is not None:
             return self.content
         with _open(self.path) as file:
             try:
-                return file.read()
+                return file.read(most)
             except Exception as error:
                 raise _as_os_error(self.path, error) from error
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a JSONL, CSV or Parquet list. `content` holds bytes (base64 in text); `id` the path."""
+    """Names of the columns of a JSONL, CSV or Parquet list. `content` holds bytes (base64 in text).
+
+    `id`: what rows are known by; by default the path, or the list and the row's number where the bytes are in the list
+    """
 
     path: str = "path"
     content: str | None = None
@@ -192,7 +196,7 @@ class Inputs:
     def _json(self, file: BinaryIO, name: str) -> Iterator[Item]:
         for number, line in enumerate(file, 1):
             if line.strip():
-                where = f"{name}:{number}"
+                where = printable(f"{name}:{number}")
                 try:
                     yield self._from_record(json.loads(line), where)
                 except ValueError as error:
@@ -205,32 +209,37 @@ class Inputs:
             reader = csv.DictReader(text, delimiter="\t" if ".tsv" in name[-len(".tsv.gz") :].lower() else ",")
             self._check_columns(list(reader.fieldnames or []), name)
             for record in reader:
-                yield self._from_record(record, f"{name}:{reader.line_num}")
+                yield self._from_record(record, printable(f"{name}:{reader.line_num}"))
 
     def _parquet(self, file: BinaryIO, name: str) -> Iterator[Item]:
         parquet = needed("pyarrow.parquet", name)
-        with closing(parquet.ParquetFile(file)) as table:
+        # Without a buffer Arrow reads a row group whole, and many files of pictures are a single one.
+        with closing(parquet.ParquetFile(file, pre_buffer=False, buffer_size=_PARQUET_BUFFER)) as table:
             present = list(table.schema_arrow.names)
             self._check_columns(present, name)
             wanted = [c for c in (self._columns.id, self._columns.content, self._columns.path) if c in present]
             number = 0
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=wanted):
                 for record in batch.to_pylist():
-                    yield self._from_record(record, f"{name}:{number}")
+                    yield self._from_record(record, printable(f"{name}:{number}"))
                     number += 1
 
     def _tar(self, file: BinaryIO, name: str) -> Iterator[Item]:
         with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as archive:
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header that it has seen
-                if not member.isfile():
+                link = member.islnk() or member.issym()
+                if not (member.isfile() or link):
                     continue
                 if not _is_picture(member.name):
                     self.left_out += 1
                     continue
+                where = printable(f"{name}/{member.name}")
+                if link:  # what it leads to has gone by, or comes later: an archive is read as a stream
+                    yield Item(where, where, problem=f"it is a link to {printable(member.linkname)} in an archive")
+                    continue
                 content = archive.extractfile(member)
                 assert content is not None  # it is a file
-                where = printable(f"{name}/{member.name}")
                 yield Item(where, where, content=content.read())
 
     def _from_record(self, record: Any, where: str) -> Item:
@@ -241,7 +250,9 @@ class Inputs:
         path, content = record.get(columns.path), record.get(columns.content) if columns.content else None
         if isinstance(content, dict):  # Hugging Face's images: {"bytes": ..., "path": ...}
             path, content = path or content.get("path"), content.get("bytes")
-        id = record.get(columns.id) if columns.id else (path or where)  # noqa: A001  # the field's name
+        # Pictures that came with the list may share a name: of Hugging Face's images it has no folder.
+        named_by = path if path and content is None else where
+        id = record.get(columns.id) if columns.id else named_by  # noqa: A001  # the field's name
         if id is None:
             return Item(where, where, problem=f"{where} has no value in the column {columns.id}")
         named = printable(str(id))
@@ -383,8 +394,9 @@ def _walk_remote(folder: str, sort: bool, depth: int | None) -> Iterator[Item]:
     system, root = _driver(folder)
     try:
         for parent, _, files in system.walk(root, maxdepth=depth, on_error="raise"):
+            hidden = "/." in parent.removeprefix(root)
             for name in sorted(files) if sort else files:
-                if name and not name.startswith("."):
+                if name and not name.startswith(".") and not hidden:
                     path = system.unstrip_protocol(f"{parent}/{name}")
                     yield Item(printable(path), path)
     except Exception as error:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from resnet_ensemble.client._client import AsyncClient
-from resnet_ensemble.client._errors import ConnectionFailedError, ServerError
+from resnet_ensemble.client._errors import ConnectionFailedError, StatusError
+from resnet_ensemble.client._retries import retryable
 from resnet_ensemble.client._types import Info
 from resnet_ensemble.client.batch import _ray
 from resnet_ensemble.client.batch._extras import MissingExtraError
@@ -45,6 +46,7 @@ class Job:
     - top_k, protocol, stop: as in Client.classify
     - columns: names of the columns of lists; root: what relative paths in lists begin from
     - format: of the shards in a folder, "jsonl" or "parquet"; order: of the rows, as they are done or as the inputs
+      (those of a later run, of new inputs or of errors done again, come after those that there are)
     - shard_rows: rows in a shard; what was not in one when a job is killed is done again
     - max_concurrency: requests in flight at most; how many there are follows the server
     - limit: take the first so many inputs; sample: take about this share of them
@@ -168,6 +170,11 @@ def run(
     return asyncio.run(_Run(job, on_progress, tell).run(connect or job.connect))
 
 
+def _most_bytes(served: Info) -> int | None:
+    limit = served.limits.get("max_image_bytes")
+    return None if limit is None else int(limit)
+
+
 class _Run:
     def __init__(self, job: Job, on_progress: Callable[[Progress], None], tell: Callable[[str], None]) -> None:
         self._job = job
@@ -219,8 +226,9 @@ class _Run:
         while True:
             try:
                 return await client.info()
-            except (ConnectionFailedError, ServerError) as error:
-                if time.monotonic() > latest:
+            except (ConnectionFailedError, StatusError) as error:
+                passing = not isinstance(error, StatusError) or retryable(error.status)
+                if not passing or time.monotonic() > latest:
                     raise
                 if not told:
                     self._tell(f"waiting up to {self._job.patience:g} s for the server: {error}")
@@ -229,11 +237,12 @@ class _Run:
 
     async def _classify(self, client: AsyncClient, served: Info, output: Output) -> None:
         job = self._job
-        reader = Reader(self._without_row(Seen(output.ids())), job.max_concurrency + _AHEAD)
+        reader = Reader(self._without_row(output), job.max_concurrency + _AHEAD)
         writer = self._writer(output)
         sender = Sender(
             client,
             bundle=served.bundle,
+            most_bytes=_most_bytes(served),
             top_k=job.top_k,
             # Said with every picture: the server may be started again with other defaults.
             protocol=job.protocol or served.protocol,
@@ -274,6 +283,7 @@ class _Run:
             api_key=job.api_key,
             bundle=job.bundle and job.bundle.resolve(),
             identity=served.bundle,
+            most_bytes=_most_bytes(served),
             top_k=job.top_k,
             protocol=job.protocol or served.protocol,
             stop=job.stop or served.stop,
@@ -281,7 +291,7 @@ class _Run:
             timeout=job.timeout,
             patience=job.patience,
         )
-        items = self._without_row(Seen(output.ids()))
+        items = self._without_row(output)
         reader = Reader(_ray.classify(items, work, workers=workers, ordered=job.order == "input"), _AHEAD)
         self._stop = reader.stop
         writer = self._writer(output)
@@ -314,8 +324,9 @@ class _Run:
             ticking.cancel()
         self._on_progress(self._progress)
 
-    def _without_row(self, seen: Seen) -> Iterator[Item]:
-        """The inputs to do; it runs in the reader's thread."""
+    def _without_row(self, output: Output) -> Iterator[Item]:
+        """The inputs to do. It runs in the reader's thread: of a million rows, ids take a while."""
+        seen = Seen(output.ids())
         for item in self._job.chosen(self._inputs):
             if seen.add(item.id):
                 yield item
@@ -324,7 +335,7 @@ class _Run:
 
     def _count_inputs(self) -> None:
         """For the progress; it runs in a thread of its own. What can't be counted is told by the run itself."""
-        with suppress(InputError, OSError):
+        with suppress(Exception):
             self._progress.total = self._job.count()
 
     def _count(self, row: Row) -> None:

@@ -124,7 +124,9 @@ class Output:
                 if not changed:
                     return None
                 lost = f"{self.rows:,} rows are taken away ({changed})"
-            header = json.dumps({"format": VERSION, "configuration": plain}, ensure_ascii=False)
+                if self._target != self._folder:
+                    self._disk.remove(self._target)  # nobody shall take it for what is begun now
+            header = json.dumps({"format": VERSION, "configuration": plain})
             self._write_ledger(header.encode() + b"\n")
             self._entries = []
             self._remove_what_is_not_live()

@@ -33,6 +33,7 @@ class Work:
     api_key: str | None
     bundle: Path | None
     identity: str
+    most_bytes: int | None
     top_k: int
     protocol: str | None
     stop: str | None
@@ -107,6 +108,7 @@ class Worker:
         return Sender(
             client,
             bundle=work.identity,
+            most_bytes=work.most_bytes,
             top_k=work.top_k,
             protocol=work.protocol,
             stop=work.stop,

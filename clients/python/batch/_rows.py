@@ -9,6 +9,7 @@ Row: TypeAlias = dict[str, Any]
 
 # Codes of failures that no server told; a StatusError brings the server's.
 UNREADABLE = "unreadable"
+TOO_LARGE = "image_too_large"  # the server's own word
 TIMED_OUT = "timed_out"
 CONNECTION_LOST = "connection_lost"
 
@@ -21,7 +22,11 @@ COLUMNS = ("id", "path", "sha256", *_FROM_PREDICTION, "latency_ms", "error_code"
 
 def printable(text: str) -> str:
     """A path as UTF-8 can hold it: bytes of a file name that are none become backslash escapes."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        name = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell; no file has that name
+        name = text.encode("utf-8", "surrogatepass")
+    return name.decode("utf-8", "backslashreplace")
 
 
 def of_prediction(id: str, path: str, sha256: str, prediction: Prediction, latency_ms: float) -> Row:  # noqa: A002

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import math
 import time
 from collections import Counter
 
@@ -26,6 +27,7 @@ class Sender:
     """Makes rows. Any number of inputs at a time: the gate says how many of them are in flight.
 
     - bundle: what has to answer; rows of two bundles don't belong together
+    - most_bytes: what it refuses pictures above, if that is known; files of more are not read whole
     - patience: seconds without any answer after which it stops
     """
 
@@ -34,6 +36,7 @@ class Sender:
         client: AsyncClient,
         *,
         bundle: str,
+        most_bytes: int | None,
         top_k: int,
         protocol: str | None,
         stop: str | None,
@@ -43,6 +46,7 @@ class Sender:
     ) -> None:
         self._client = client
         self._bundle = bundle
+        self._most = most_bytes
         self._top_k = top_k
         self._protocol = protocol
         self._stop = stop
@@ -51,24 +55,28 @@ class Sender:
         self._aimd = Aimd(most=max_concurrency)
         self._gate = Gate(self._aimd)
         self._draining = asyncio.Event()
-        self._heard = time.monotonic()  # when a picture was answered the last time
+        self._heard = -math.inf  # when a picture was answered the last time
+        self._silent_since: float | None = None  # since when all have failed
 
     async def row(self, item: Item) -> Row | None:
         """The row of an input; None if it was not done because of `drain`. Raises StopJobError."""
         path = _rows.printable(item.path)
         try:
-            content = item.content if item.content is not None else await asyncio.to_thread(item.read)
+            content = item.content if item.content is not None else await asyncio.to_thread(self._read, item)
         except OSError as error:
             return _rows.of_error(item.id, path, None, _rows.UNREADABLE, str(error))
+        if content is None:
+            message = f"the file has more than the {self._most:,} bytes that the server takes"
+            return _rows.of_error(item.id, path, None, _rows.TOO_LARGE, message)
         sha256 = hashlib.sha256(content).hexdigest()
-        attempts, failures, first = 0, Counter[str](), time.monotonic()
+        attempts, failures = 0, Counter[str]()
         while await self._gate.enter():
             attempts += 1
             began = time.monotonic()
             try:
                 answer = await self._send(content)
                 failed = verdict(answer, failures) if isinstance(answer, ResnetError) else None
-                self._count(failed, began)
+                self._count(answer, failed, began)
             finally:
                 self._gate.leave()
                 self._progress.concurrency = self._gate.in_flight
@@ -78,13 +86,13 @@ class Sender:
                 latency = 1000 * (time.monotonic() - began)
                 self._progress.latencies_ms.append(latency)
                 return _rows.of_prediction(item.id, path, sha256, answer, latency)
-            if failed is Verdict.ROW:
-                return _rows.of_error(item.id, path, sha256, _rows.error_code(answer), _rows.error_message(answer))
             if failed is Verdict.STOP:
                 raise StopJobError(str(answer))
-            # Not since the last answer alone: until now there may have been nothing to ask.
-            if time.monotonic() - max(self._heard, first) > self._patience:
+            # A picture that gets no answer may be to blame, but not when none gets one.
+            if self._silent_since is not None and time.monotonic() - self._silent_since > self._patience:
                 raise StopJobError(f"nothing was answered for {self._patience:g} s; the last error: {answer}")
+            if failed is Verdict.ROW:
+                return _rows.of_error(item.id, path, sha256, _rows.error_code(answer), _rows.error_message(answer))
             await self._pause(answer, attempts)
         return None
 
@@ -92,6 +100,13 @@ class Sender:
         """Finish what is in flight and begin nothing more."""
         self._draining.set()
         self._gate.close()
+
+    def _read(self, item: Item) -> bytes | None:
+        """The picture, or None if it is too large."""
+        if self._most is None:
+            return item.read()
+        content = item.read(self._most + 1)
+        return None if len(content) > self._most else content
 
     async def _send(self, content: bytes) -> Prediction | ResnetError:
         self._progress.requests += 1
@@ -101,20 +116,22 @@ class Sender:
         except ResnetError as error:
             return error
 
-    def _count(self, failed: Verdict | None, began: float) -> None:
-        now = time.monotonic()
+    def _count(self, answer: Prediction | ResnetError, failed: Verdict | None, began: float) -> None:
+        if failed is None or (failed is Verdict.ROW and isinstance(answer, StatusError)):
+            self._heard, self._silent_since = time.monotonic(), None
+            self._aimd.succeeded()
+            return
+        if self._silent_since is None:
+            self._silent_since = max(began, self._heard)  # not before it failed: there may have been nothing to ask
         if failed is Verdict.REFUSED:
             self._progress.refusals += 1
-            self._aimd.refused(sent=began, now=now)
-        elif failed in (None, Verdict.ROW):
-            self._heard = now
-            self._aimd.succeeded()
+            self._aimd.refused(sent=began, now=time.monotonic())
 
     async def _pause(self, error: ResnetError, attempts: int) -> None:
         """Wait as long as the server asked for, or a little longer each time; less when draining."""
         asked = error.retry_after if isinstance(error, StatusError) else None
-        seconds = delay(attempts - 1, asked)
-        if asked is None:
+        seconds = delay(attempts - 1, asked or None)  # at once, again and again, would drown a busy server
+        if not asked:
             seconds = min(seconds, LONGEST_DELAY)
         try:
             async with asyncio.timeout(seconds):

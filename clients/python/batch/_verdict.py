@@ -58,13 +58,14 @@ def _known(error: ResnetError) -> Verdict | Literal["timeout", "lost", "failed"]
     return "timeout" if isinstance(error, TimedOutError) else "lost"
 
 
+def stops(error: StatusError) -> bool:
+    """Whether it would be the same for every picture."""
+    asked_wrongly = error.code in ("method_not_allowed", "invalid_option", "not_calibrated")
+    return isinstance(error, AuthenticationError) or asked_wrongly or error.status == 404
+
+
 def _of_status(error: StatusError) -> Verdict | Literal["timeout", "failed"]:
-    if isinstance(error, AuthenticationError) or error.code in (
-        "not_found",
-        "method_not_allowed",
-        "invalid_option",
-        "not_calibrated",
-    ):
+    if stops(error):
         return Verdict.STOP
     if error.status == 408 or error.code == "deadline_exceeded":
         return "timeout"
@@ -72,6 +73,4 @@ def _of_status(error: StatusError) -> Verdict | Literal["timeout", "failed"]:
         return Verdict.AGAIN
     if error.status in (429, 503):
         return Verdict.REFUSED
-    if error.status >= 500:
-        return "failed"
-    return Verdict.STOP if error.code == "unknown" and error.status == 404 else Verdict.ROW
+    return "failed" if error.status >= 500 else Verdict.ROW

@@ -15,6 +15,7 @@ from resnet_ensemble.client.batch._formats import FORMATS
 from resnet_ensemble.client.batch._rows import Row
 
 BUNDLE = "cifar10-2-0"
+MOST_BYTES = 1_000_000
 
 
 def answered(content: bytes, **fields: Any) -> httpx2.Response:
@@ -43,6 +44,7 @@ Predict = Callable[[bytes], Any]
 def server(predict: Predict, bundle: str = BUNDLE) -> Callable[[], Any]:
     """What `run` connects to; `predict` gives a response for a picture, or awaits one, or raises."""
     information = {"bundle": bundle, "version": "0", "labels": [], "protocol": "10crop", "protocols": {}, "members": []}
+    information |= {"limits": {"max_image_bytes": MOST_BYTES}}
 
     async def handle(request: httpx2.Request) -> httpx2.Response:
         if request.url.path == "/info":

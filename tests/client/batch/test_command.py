@@ -19,8 +19,8 @@ import httpx2
 import pytest
 
 from resnet_ensemble.client import AsyncClient, Client
-from resnet_ensemble.client.batch import Job, run
-from resnet_ensemble.client.batch.__main__ import main
+from resnet_ensemble.client.batch import Job, Progress, run
+from resnet_ensemble.client.batch.__main__ import _Lines, main
 from resnet_ensemble.client.batch._rows import Row
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines.fake import FakeEngine
@@ -86,7 +86,9 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     main([*command, "--dry-run", "--top-k", "1"])
     assert "changed: top_k: 5 → 1; a run is refused without --force" in capsys.readouterr().out
     main([*command, "--dry-run", "--top-k", "1", "--force"])
-    assert "a run takes these 20 rows away and begins again" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "a run takes these 20 rows away and begins again" in told
+    assert "60 inputs, 0 of them with a row already or named twice; 60 to do" in told
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,33 @@ def test_the_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["--help"])
     assert re.search(r"exit codes: 0; 3 finished, with error rows; 130 interrupted", capsys.readouterr().out)
+
+
+def test_a_dry_run_tells_of_errors_that_are_done_again(
+    photos: Path, tmp_path: Path, fake_server: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "bad.png").write_bytes(b"no picture")
+    command = [str(photos), "-o", str(tmp_path / "rows"), "--url", fake_server]
+
+    main(command)
+    main([*command, "--dry-run", "--retry-errors"])
+
+    assert "the 1 error rows are taken away first, and their inputs done again" in capsys.readouterr().out
+
+
+def test_a_line_is_not_longer_than_the_terminal_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+
+    _Lines().progress(Progress(total=1_000_000, views_used=1, views_planned=2))
+
+    assert terminal.getvalue().startswith("\r0/1,000,000 (0.0%), 0.0/s, ")
+    assert len(terminal.getvalue()) == 40
 
 
 def test_paths_come_from_the_standard_input(photos: Path, tmp_path: Path, fake_server: str) -> None:

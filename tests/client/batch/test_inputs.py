@@ -17,6 +17,7 @@ import pytest
 
 from resnet_ensemble.client.batch import Columns, InputError, MissingExtraError
 from resnet_ensemble.client.batch._inputs import Inputs, Item, matches
+from resnet_ensemble.client.batch._rows import printable
 from resnet_ensemble.client.batch._selection import Seen, sampled
 
 
@@ -236,8 +237,9 @@ def test_a_cell_may_hold_lines_a_picture_or_what_is_not_utf_8(folder: Path) -> N
 
     first, second = items("list.csv", columns=Columns(content="data"))
 
-    assert (first.id, first.read()) == ('a,\n"b".jpg', bytes(200_000))
-    assert (second.id, os.fsencode(items("list.csv")[1].path)) == ("\\xe4.jpg", b"\xe4.jpg")
+    assert (first.id, first.path, first.read()) == ("list.csv:3", 'a,\n"b".jpg', bytes(200_000))
+    assert (second.id, second.read()) == ("list.csv:4", b"")
+    assert [(item.id, os.fsencode(item.path)) for item in items("list.csv")[1:]] == [("\\xe4.jpg", b"\xe4.jpg")]
 
 
 def test_parquet_with_paths_or_bytes(folder: Path) -> None:
@@ -248,12 +250,16 @@ def test_parquet_with_paths_or_bytes(folder: Path) -> None:
 
     assert [item.read() for item in items("t.parquet")[:1]] == [b"a.jpg"]
     raw = items("t.parquet", columns=Columns("path", "raw"))
-    assert [(item.id, item.read()) for item in raw] == [("a.jpg", b"x"), ("t.parquet:1", b"y"), ("a.jpg", b"a.jpg")]
-    hugging = items("t.parquet", columns=Columns("none", "image"))
-    assert [(item.id, item.problem or item.read()) for item in hugging] == [
-        ("1.jpg", b"one"),
+    assert [(item.id, item.read()) for item in raw] == [
+        ("t.parquet:0", b"x"),
+        ("t.parquet:1", b"y"),
         ("a.jpg", b"a.jpg"),
-        ("t.parquet:2", "t.parquet:2 has no value in the column image or none"),
+    ]
+    hugging = items("t.parquet", columns=Columns("none", "image"))
+    assert [(item.id, item.path, item.problem or item.read()) for item in hugging] == [
+        ("t.parquet:0", "1.jpg", b"one"),
+        ("a.jpg", "a.jpg", b"a.jpg"),
+        ("t.parquet:2", "t.parquet:2", "t.parquet:2 has no value in the column image or none"),
     ]
     assert Inputs(("t.parquet",)).count() == 3
     with pytest.raises(InputError, match=r"t.parquet has no column x; it has path, raw, image"):
@@ -261,6 +267,39 @@ def test_parquet_with_paths_or_bytes(folder: Path) -> None:
     (folder / "broken.parquet").write_bytes(b"PAR1nonsense")
     with pytest.raises(InputError, match=r"broken.parquet can't be read further: Parquet magic bytes"):
         items("broken.parquet")
+
+
+def test_pictures_in_a_list_that_share_a_name_are_inputs_each(folder: Path) -> None:
+    pq.write_table(
+        pa.table({"image": [{"bytes": b"cat", "path": "0.jpg"}, {"bytes": b"dog", "path": "0.jpg"}]}), "t.parquet"
+    )
+
+    found = items("t.parquet", columns=Columns(content="image"))
+
+    assert [(item.id, item.path) for item in found] == [("t.parquet:0", "0.jpg"), ("t.parquet:1", "0.jpg")]
+
+
+def test_a_row_group_of_parquet_is_not_read_whole(folder: Path) -> None:
+    content = [os.urandom(100_000) for _ in range(300)]
+    pq.write_table(pa.table({"image": content}), "t.parquet", use_dictionary=False, write_batch_size=1)
+    before = pa.total_allocated_bytes()
+    passing = iter(Inputs(("t.parquet",), columns=Columns(content="image")))
+
+    assert [next(passing).content for _ in range(3)] == content[:3]
+
+    assert pa.total_allocated_bytes() - before < 15_000_000
+
+
+def test_names_that_are_no_text_are_told_as_text(folder: Path) -> None:
+    name = os.fsdecode(b"l\xe9.jsonl")
+    Path(name).write_text('{"name": "x", "path": "\\ud800"}\nno json\n')
+
+    half, bad = items(name, columns=Columns(id="name"))
+
+    assert (half.id, bad.id) == ("x", "l\\xe9.jsonl:2")
+    assert printable(half.path) == "\\xed\\xa0\\x80"
+    with pytest.raises(OSError, match="surrogates not allowed"):
+        half.read()
 
 
 @pytest.mark.parametrize(("name", "mode"), [("s.tar", "w"), ("s.tar.gz", "w:gz"), ("s.tgz", "w:gz")])
@@ -279,6 +318,19 @@ def test_archives(folder: Path, name: str, mode: Any) -> None:
     ]
     assert inputs.left_out == 1
     assert inputs.count() is None
+
+
+def test_links_in_an_archive_are_told(folder: Path) -> None:
+    with tarfile.open("s.tar", "w") as archive:
+        for name, kind in (("hard.jpg", tarfile.LNKTYPE), ("soft.jpg", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.jpg"
+            archive.addfile(member)
+
+    assert [(item.id, item.problem) for item in items("s.tar")] == [
+        ("s.tar/hard.jpg", "it is a link to a.jpg in an archive"),
+        ("s.tar/soft.jpg", "it is a link to a.jpg in an archive"),
+    ]
 
 
 def test_a_damaged_archive_is_told(folder: Path) -> None:
@@ -309,6 +361,7 @@ def test_addresses_are_read_with_fsspec(folder: Path) -> None:
 
     memory = fsspec.filesystem("memory")
     memory.pipe({"/photos/a.jpg": b"A", "/photos/in/b.png": b"B", "/photos/c.txt": b"memory://photos/a.jpg\n"})
+    memory.pipe({"/photos/.hidden/d.jpg": b"D", "/photos/.e.jpg": b"E"})
     try:
         found = items("memory://photos")
         assert [(item.id, item.read()) for item in found] == [

@@ -1,6 +1,7 @@
 """Jobs against a server that is a function."""
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
@@ -15,12 +16,13 @@ from typing import Any
 import httpx2
 import pytest
 
-from resnet_ensemble.client import ConnectionFailedError, ResnetError
+from resnet_ensemble.client import AsyncClient, ConnectionFailedError, Info, ResnetError
+from resnet_ensemble.client._errors import error_class
 from resnet_ensemble.client.batch import COLUMNS, InputError, Job, OutputError, Progress, Summary, run
 from resnet_ensemble.client.batch import _job as job_module
 from resnet_ensemble.client.batch import _sender as sender_module
 from resnet_ensemble.client.batch._inputs import Item
-from tests.client.batch.conftest import answered, problem, rows_of, server
+from tests.client.batch.conftest import MOST_BYTES, answered, problem, rows_of, server
 
 Do = Callable[..., Summary]
 
@@ -113,6 +115,17 @@ def test_bad_pictures_are_rows_with_the_servers_code(do: Do, pictures: Path, tmp
     assert rows[5]["sha256"]
     assert (summary.errors, summary.exit_code) == (2, 3)
     assert do(predict, order="input").exit_code == 3  # the rows are still there
+
+
+def test_a_file_that_the_server_would_refuse_is_not_read_whole(do: Do, pictures: Path, tmp_path: Path) -> None:
+    with (pictures / "0.jpg").open("wb") as file:
+        file.truncate(2**40)  # sparse: no disk holds it, and no memory
+    (pictures / "1.jpg").write_bytes(bytes(MOST_BYTES))
+
+    assert do().errors == 1
+    (row,) = [row for row in rows_of(tmp_path / "rows") if row["error_code"]]
+    assert (Path(row["id"]).name, row["error_code"], row["sha256"]) == ("0.jpg", "image_too_large", None)
+    assert "more than the 1,000,000 bytes" in row["error_message"]
 
 
 def test_error_rows_are_done_again_when_asked_for(do: Do, tmp_path: Path) -> None:
@@ -221,15 +234,62 @@ def test_a_server_that_stays_away_ends_the_job_and_makes_no_error_rows(do: Do, q
     assert "nothing was answered for 0.05 s" in str(summary.stopped)
 
 
+def test_a_server_that_hangs_is_not_the_fault_of_thousands_of_pictures(
+    do: Do, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = itertools.count()
+
+    async def predict(content: bytes) -> httpx2.Response:
+        if next(answers) < 4:
+            return answered(content)
+        await asyncio.sleep(0.05)
+        raise httpx2.ReadTimeout("late")
+
+    summary = do(predict, patience=0.5, max_concurrency=2)
+
+    assert (summary.rows - summary.errors, summary.exit_code) == (4, 1)
+    assert "nothing was answered for 0.5 s" in str(summary.stopped)
+    assert summary.requests < 4 + 2 * 12
+
+
+def test_a_busy_server_that_says_at_once_is_not_asked_at_once(do: Do, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float | None] = []
+    monkeypatch.setattr(sender_module, "delay", lambda retry, seconds: asked.append(seconds) or 0.001)
+    answers = itertools.count()
+
+    def predict(content: bytes) -> httpx2.Response:
+        return problem(503, "overloaded", **{"Retry-After": "0"}) if next(answers) < 3 else answered(content)
+
+    assert do(predict).rows == 10
+    assert asked == [None] * 3
+
+
+@pytest.mark.parametrize(("status", "code"), [(429, "quota_exceeded"), (503, "not_ready"), (408, "slow_upload")])
+def test_a_server_that_is_busy_at_first_is_waited_for(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+) -> None:
+    answers = itertools.count()
+
+    async def info(client: AsyncClient) -> Info:
+        if next(answers) < 1:
+            raise error_class(status, code)(status, code, "later", "", None)
+        return await really_ask(client)
+
+    really_ask = AsyncClient.info
+    monkeypatch.setattr(AsyncClient, "info", info)
+
+    assert run(Job((str(pictures),), tmp_path / "rows"), connect=server(answered)).rows == 10
+
+
 def test_patience_does_not_run_out_while_there_is_nothing_to_ask(
     do: Do, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     really_read = Item.read
     seen: set[bytes] = set()
 
-    def read(item: Item) -> bytes:
+    def read(item: Item, most: int = -1) -> bytes:
         time.sleep(0.5)
-        return really_read(item)
+        return really_read(item, most)
 
     def predict(content: bytes) -> httpx2.Response:
         first = content not in seen
@@ -311,6 +371,24 @@ def test_a_list_that_breaks_off_ends_the_job_and_keeps_its_rows(do: Do, tmp_path
     assert summary.exit_code == 1
     assert "broken.tar can't be read further" in str(summary.stopped)
     assert summary.total_rows == 10
+
+
+def test_names_of_files_may_be_any_bytes(do: Do, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff\n.jpg")).write_text("a picture")
+
+    for _ in range(2):
+        assert do(inputs=(str(folder),)).total_rows == 1
+
+    assert [row["id"] for row in rows_of(tmp_path / "rows")] == [f"{tmp_path}/caf\\xe9/\\xff\n.jpg"]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_list_that_is_damaged_is_told_once(do: Do, tmp_path: Path) -> None:
+    (tmp_path / "list.parquet").write_bytes(b"nonsense")
+
+    assert "list.parquet can't be read further" in str(do(inputs=(str(tmp_path / "list.parquet"),)).stopped)
 
 
 def test_an_input_that_is_nothing_is_told_before_anything_happens(do: Do, tmp_path: Path) -> None:

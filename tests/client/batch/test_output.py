@@ -173,6 +173,7 @@ def test_force_begins_again(tmp_path: Path, name: str) -> None:
         lost = output.begin(CONFIGURATION | {"protocol": "flip"}, force=True)
         assert lost == "2 rows are taken away (protocol: None → flip)"
         assert output.rows == 0
+        assert rows_on_disk(tmp_path / name) == [] if name == "rows" else not (tmp_path / name).exists()
         output.commit([row("c")])
         output.finish()
 
