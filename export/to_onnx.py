@@ -256,9 +256,12 @@ def _labels(sources: Sequence[Source]) -> tuple[str, ...]:
 
 
 def _titles(sources: Sequence[Source]) -> list[str]:
-    """One name each: two networks of one name become resnet152-1 and resnet152-2."""
+    """One name each: two networks of one name become resnet152-1 and resnet152-2. Raises ExportError."""
     names = [source.name for source in sources]
-    return [f"{name}-{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    titles = [f"{name}-{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    if len(set(titles)) < len(titles):
+        raise ExportError(f"two members would be named alike ({', '.join(titles)}); give them other names")
+    return titles
 
 
 def _calibrate(content: bytes, title: str, source: Source, folder: Path) -> tuple[CalibrationFile, bytes]:
