@@ -40,7 +40,6 @@ from tqdm import tqdm
 
 from resnet_ensemble.export import declared, drawings, engines, gate, quantize
 from resnet_ensemble.export.bundle import (
-    MANIFEST,
     NAME,
     Bundle,
     BundleError,
@@ -294,23 +293,16 @@ def export_named(
     version: str = "1",
     calibration: Path | None = None,
 ) -> Bundle:
-    """The bundle of the weights, or of the ensemble, of that name. One that is there already is not made again.
+    """The bundle of the weights, or of the ensemble, of that name. Raises what PROBLEMS lists.
 
-    Raises what PROBLEMS lists.
+    One that is there already, and whole, is not made again.
     """
     name = name or path.resolve().name
     if not re.fullmatch(NAME, name):
         raise ExportError(f"{name!r} is no name for a bundle: letters, digits, dot, dash, underscore; give it a --name")
-    chosen = (
-        declared.load(ensemble)
-        if ensemble
-        else Declared(labels=labels, members=tuple(DeclaredMember(weights=text) for text in weights))
-    )
-    identity = chosen.identity()
-    if (path / MANIFEST).is_file() and not calibration:
-        bundle = Bundle.open(path)
-        if bundle.manifest.provenance.get("weights") == identity:
-            return bundle
+    chosen = choose(weights, ensemble, labels)
+    if not calibration and (made := made_before(path, chosen)):
+        return made
     return export(
         chosen.read(),
         path,
@@ -318,8 +310,25 @@ def export_named(
         version=version,
         protocol=chosen.protocol,
         calibration=calibration,
-        identity=identity,
+        identity=chosen.identity(),
     )
+
+
+def choose(weights: Sequence[str], ensemble: str | None, labels: Path | None) -> Declared:
+    """The ensemble of that name, or else of the weights. Raises WeightsError."""
+    if ensemble:
+        return declared.load(ensemble)
+    return Declared(labels=labels, members=tuple(DeclaredMember(weights=text) for text in weights))
+
+
+def made_before(path: Path, chosen: Declared) -> Bundle | None:
+    """The bundle that is there, if it is made of just that and whole: a damaged one is made again."""
+    try:
+        bundle = Bundle.open(path)
+        bundle.verify()
+    except BundleError:
+        return None
+    return bundle if bundle.manifest.provenance.get("weights") == chosen.identity() else None
 
 
 PROBLEMS = (
