@@ -3,7 +3,7 @@
 #   make test    set up what tests need and run all of them
 #   make check   lint, format and types
 #   make bench   this server beside others; ARGS="bundles/mine --images PHOTOS" for another bundle
-#   make gpu-check        what of this holds on this host's NVIDIA GPU: a report in build/
+#   make gpu-check        what of this holds on this host's NVIDIA GPU: sets up TensorRT, writes a report in build/
 #   make types-tensorrt   the TensorRT files against the real bindings of TensorRT 11.4; needs a C compiler, no GPU
 PORT ?= 8000
 PYTHON ?= python3
@@ -12,6 +12,7 @@ PIP = -m pip install --quiet --disable-pip-version-check --constraint constraint
 SERVE = .venv-serve
 DEV = .venv
 PEERS = .venv-peers
+GPU = .venv-gpu
 
 .PHONY: serve install test check bench engines gpu-check types-tensorrt links constraints clean
 
@@ -43,8 +44,10 @@ engines: $(DEV)/installed
 	$(DEV)/bin/python export/build_engines.py
 
 BUNDLE ?= bundles/cifar10
-gpu-check: $(DEV)/installed
-	$(DEV)/bin/python export/gpu_check.py $(BUNDLE)
+gpu-check:
+	@if $(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; \
+	then $(MAKE) $(GPU)/installed && $(GPU)/bin/python export/gpu_check.py $(BUNDLE); \
+	else echo "no GPU to check: NVIDIA's driver (libcuda.so.1) is not here"; fi
 
 types-tensorrt: $(DEV)/installed links
 	$(DEV)/bin/python tests/types/check_tensorrt.py
@@ -63,6 +66,12 @@ $(DEV)/installed: pyproject.toml constraints.txt
 	$(DEV)/bin/python $(PIP) --editable '.[server,cpu,openvino,train,export,batch,dev]'
 	touch $@
 
+# TensorRT and ONNX Runtime for GPUs, some GB. Apart, since the two packages of ONNX Runtime write the same files.
+$(GPU)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python $(PIP) --editable '.[server,gpu,tensorrt]'
+	touch $@
+
 # The servers that ours is measured beside, in an environment of their own.
 $(PEERS)/installed: benchmarks/peers/requirements.txt pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(PEERS)
@@ -71,4 +80,4 @@ $(PEERS)/installed: benchmarks/peers/requirements.txt pyproject.toml constraints
 	touch $@
 
 clean:
-	rm -rf build $(SERVE) $(DEV) $(PEERS) *.egg-info
+	rm -rf build $(SERVE) $(DEV) $(PEERS) $(GPU) *.egg-info

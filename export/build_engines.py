@@ -7,11 +7,15 @@
     python export/build_engines.py --triton models
     python export/build_engines.py --dry-run
 
-Hashes are verified first. An FP32 engine must give the bundle's golden probabilities. Lower precisions must pass the
-gate: agreement with FP32 on the pictures of --calibration or, without it, on the bundle's golden ones; with one folder
-of pictures a label, the error too. INT8 and FP8 are calibrated on the same pictures, or were at export. What was found
-is written to BUNDLE.engines/ beside the bundle, where the server looks for it. A second run reuses what is still valid.
-Where there is an NVIDIA GPU, its engines are built, too (--device); on a GPU none of this has been run yet.
+Hashes are verified first. ONNX Runtime's FP32 on the CPU must give the bundle's golden probabilities; the others are
+compared with it. FP32 must give the golden probabilities everywhere, and every precision must pass the gate: agreement
+with that FP32 on the pictures of --calibration or, without it, on the bundle's golden ones; with one folder of pictures
+a label, the error too. INT8 and FP8 are calibrated on the same pictures, or were at export. What was found is written
+to BUNDLE.engines/ beside the bundle, where the server looks for it. A second run reuses what is still valid. Where
+there is an NVIDIA GPU, its engines are built, too (--device); on a GPU none of this has been run yet.
+
+Exit code 0: every member that was asked for has an engine that passed. 1: one has none, or something stopped it; the
+message says what. 2: the options contradict each other.
 
 With --weights or --ensemble the bundle is made first, as by export/to_onnx.py, unless it is there already. With
 --triton a model repository for Triton is written last: every member, and the ensemble that averages them. A member is
@@ -21,11 +25,14 @@ the TensorRT plan that was chosen for it, for a Triton with the same TensorRT on
 import argparse
 import hashlib
 import importlib.util
+import json
 import runpy
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -100,17 +107,18 @@ class Workshop:
         return self._calibration
 
     def reference(self) -> NDArray[np.float32]:
-        """FP32's answers for the gate's views."""
+        """FP32's answers for the gate's views. Raises GoldenMismatch if it is not what the bundle describes."""
         if self._reference is None:
             backend = engines.backend(engines.DEFAULT)
             graph = self.bundle.read(self.member)
             engine = backend.load(backend.compile(graph, "fp32", self.member.preprocessing), "fp32")
+            golden.check(engine, self.bundle, self.member, allowed=tolerance(self.bundle, "fp32"))
             self._reference = gate.answers(engine, self.pictures.views)
             engine.close()
         return self._reference
 
     def build(self, backend: str, precision: Precision) -> tuple[Record, bytes]:
-        """Compile, check and time one engine. Raises GoldenMismatch if FP32 is not what the bundle describes."""
+        """Compile, check and time one engine. Raises GoldenMismatch as `reference` does."""
         implementation = engines.backend(backend)
         graph = self.bundle.read(self.member)
         if precision == "int8":
@@ -123,12 +131,11 @@ class Workshop:
         seconds = time.monotonic() - began
         calibration = (self.calibration_identity or "") if precision in CALIBRATED else ""
         try:
-            allowed = tolerance(self.bundle, precision) if precision == "fp32" else float("inf")
-            difference = golden.check(engine, self.bundle, self.member, allowed=allowed)
             finding = gate.compare(gate.answers(engine, self.pictures.views), self.reference(), self.pictures.labels)
+            difference, _ = golden.difference(engine, self.bundle, self.member)
             verdict = finding.verdict(precision)
             if verdict == "passed" and difference > tolerance(self.bundle, precision):
-                verdict = f"a golden probability differs by {difference:.2f}"
+                verdict = f"a golden probability differs by {difference:.2g}"
             record = Record(
                 member=self.member.name,
                 backend=backend,
@@ -178,6 +185,11 @@ class Row:
     record: Record | None
     note: str
 
+    @property
+    def key(self) -> str:
+        """Its name in the report."""
+        return f"{self.member}/{self.backend}/{self.precision}"
+
 
 def build_all(
     bundle: Bundle,
@@ -189,12 +201,12 @@ def build_all(
     dry_run: bool = False,
 ) -> list[Row]:
     """Every engine of this host, built or reused. Raises BundleError, CalibrationError, BackendUnavailable."""
-    verify(bundle)
+    bundle.verify()
     store = EngineStore(bundle)
     variants = [(b, p) for b, p in engines.available(device) if precisions is None or p in precisions]
     rows: list[Row] = []
     seen: dict[Preprocessing, Pictures] = {}  # members often see pictures in the same way, and reading them takes long
-    with store.building():
+    with nullcontext() if dry_run else store.building():
         for member in bundle.manifest.members:
             if members is not None and member.name not in members:
                 continue
@@ -230,16 +242,6 @@ def _row(store: EngineStore, workshop: Workshop, backend: str, precision: Precis
     return Row(member.name, backend, precision, record, "built")
 
 
-def verify(bundle: Bundle) -> None:
-    """Read every file that the manifest names. Raises BundleDamaged."""
-    for member in bundle.manifest.members:
-        bundle.read(member)
-        if member.calibration:
-            bundle.read(member.calibration)
-    for picture in bundle.manifest.golden:
-        bundle.read(picture)
-
-
 def table(rows: list[Row], chosen: set[str]) -> str:
     """The rows as aligned text."""
     rates = [f"views/s x{n}" for n in TIMED_BATCHES]
@@ -267,6 +269,17 @@ def table(rows: list[Row], chosen: set[str]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
+def as_json(bundle: Bundle, rows: Sequence[Row], chosen: dict[str, str]) -> str:
+    """The rows as JSON: engines with what was found of them, what was chosen, and why others are not there."""
+    content = {
+        "bundle": bundle.identity,
+        "chosen": chosen,
+        "engines": {row.key: asdict(row.record) | {"note": row.note} for row in rows if row.record},
+        "without": {row.key: row.note for row in rows if not row.record},
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
 def plans(bundle: Bundle, best: list[Stored | None]) -> dict[str, Plan]:
     """TensorRT's plans of the members whose fastest engine one is: Triton runs those as they are."""
     return {
@@ -279,11 +292,15 @@ def plans(bundle: Bundle, best: list[Stored | None]) -> dict[str, Plan]:
 def _bundle(arguments: argparse.Namespace) -> Bundle:
     if not arguments.weights and not arguments.ensemble:
         return Bundle.open(arguments.bundle)
-    if arguments.bundle == SHIPPED:
+    if arguments.bundle.resolve() == SHIPPED:
         sys.exit("build_engines: name the bundle's folder, so that the one in the repository stays as it is")
     from resnet_ensemble.export import to_onnx  # noqa: PLC0415  # torch, which building alone doesn't need
 
     try:
+        chosen = to_onnx.choose(arguments.weights, arguments.ensemble, arguments.labels)
+        if arguments.dry_run and to_onnx.made_before(arguments.bundle, chosen) is None:
+            print(f"{arguments.bundle} would be made first, and then its engines")
+            sys.exit(0)
         return to_onnx.export_named(
             arguments.weights, arguments.bundle, ensemble=arguments.ensemble, labels=arguments.labels
         )
@@ -291,8 +308,7 @@ def _bundle(arguments: argparse.Namespace) -> Bundle:
         sys.exit(f"build_engines: {problem}")
 
 
-def main() -> None:
-    """Parse the command line and build."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "bundle", type=Path, nargs="?", default=SHIPPED, help="a bundle's folder (default: %(default)s)"
@@ -307,7 +323,7 @@ def main() -> None:
         help="build what runs on it; auto: all that this host has (default)",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be built or reused")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print what the table says, and what is chosen, as JSON")
     parser.add_argument("--weights", nargs="+", default=[], metavar="WEIGHTS", help="make the bundle of these first")
     parser.add_argument(
         "--ensemble", metavar="NAME", help="make the bundle of a declared ensemble, or a TOML file, first"
@@ -315,19 +331,27 @@ def main() -> None:
     parser.add_argument("--triton", type=Path, metavar="DIR", help="write a Triton model repository, too")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="class names, one a line, if the weights have none")
     arguments = parser.parse_args()
+    if arguments.weights and arguments.ensemble:
+        parser.error("give --weights or --ensemble, not both")
+    if arguments.labels and not arguments.weights:
+        parser.error("--labels goes with --weights; an ensemble's file names its own")
     if arguments.triton and arguments.dry_run:
         parser.error("--dry-run writes nothing, so it can't be combined with --triton")
+    return arguments
+
+
+def main() -> None:
+    """Parse the command line and build."""
+    arguments = _arguments()
     try:
         if arguments.triton:
             triton_repository.check_replaceable(arguments.triton)  # now, since building may take long
         bundle = _bundle(arguments)
-        names = [member.name for member in bundle.manifest.members]
-        if unknown := set(arguments.only or names) - set(names):
-            parser.error(f"no member named {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        asked = _asked(bundle, arguments.only)
         rows = build_all(
             bundle,
             calibration=arguments.calibration,
-            members=arguments.only,
+            members=asked,
             precisions=arguments.precision,
             device=arguments.device,
             dry_run=arguments.dry_run,
@@ -340,18 +364,34 @@ def main() -> None:
         sys.exit(f"build_engines: {problem}")
     except OSError as problem:
         sys.exit(f"build_engines: {problem}; nothing is half-written: run it again when this is solved")
+    chosen = {stored.record.member: stored.record.key for stored in best if stored}
     if arguments.json:
-        print((store.folder / REPORT).read_text(), end="")
-        return
-    print(table(rows, {stored.record.key for stored in best if stored}))
+        print(as_json(bundle, rows, chosen))
+    else:
+        print(table(rows, set(chosen.values())))
+        print(_summary(bundle, rows, store, dry_run=arguments.dry_run))
+        if arguments.triton:
+            print(f"Triton model repository: {arguments.triton}")
+    without = [name for name in asked if name not in chosen]
+    if without and not arguments.dry_run:
+        sys.exit(f"build_engines: no engine of {', '.join(without)} passed, so FP32 is compiled when a server starts")
+
+
+def _asked(bundle: Bundle, only: list[str] | None) -> list[str]:
+    names = [member.name for member in bundle.manifest.members]
+    if unknown := set(only or ()) - set(names):
+        sys.exit(f"build_engines: no member named {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    return only or names
+
+
+def _summary(bundle: Bundle, rows: Sequence[Row], store: EngineStore, *, dry_run: bool) -> str:
     built = sum(row.note in ("built", "would be built") for row in rows)
     reused = sum(row.note == "reused" for row in rows)
-    print(
-        f"{bundle.identity}: {built or 'no'} engines {'to build' if arguments.dry_run else 'built'}, {reused} reused; "
-        f"chosen by views/s x{DECISIVE_BATCH} among those that passed; written to {store.folder / REPORT}"
-    )
-    if arguments.triton:
-        print(f"Triton model repository: {arguments.triton}")
+    failed = sum(row.note.startswith("failed") for row in rows)
+    counts = f"{built or 'no'} engines {'to build' if dry_run else 'built'}, {reused} reused"
+    counts += f", {failed} failed" if failed else ""
+    written = "nothing was written" if dry_run else f"written to {store.folder / REPORT}"
+    return f"{bundle.identity}: {counts}; chosen by views/s x{DECISIVE_BATCH} among those that passed; {written}"
 
 
 if __name__ == "__main__":

@@ -194,6 +194,15 @@ class Bundle:
             raise BundleDamaged(f"{file} is not the file that {MANIFEST} describes (SHA-256); {_remedy(self.path)}")
         return content
 
+    def verify(self) -> None:
+        """Read every file that the manifest names. Raises BundleDamaged."""
+        for member in self.manifest.members:
+            self.read(member)
+            if member.calibration:
+                self.read(member.calibration)
+        for picture in self.manifest.golden:
+            self.read(picture)
+
     @property
     def identity(self) -> str:
         """Name, version and the first digits of the members' hashes: what an answer was computed with."""

@@ -18,9 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resnet_ensemble.export import weights
 from resnet_ensemble.export.bundle import Name, Protocol
-from resnet_ensemble.export.weights import IMAGENET, Source, WeightsError
+from resnet_ensemble.export.weights import Source, WeightsError
 from resnet_ensemble.training.model import Stride
-from resnet_ensemble.training.views import Preprocessing
 
 FOLDER = Path(__file__).parent / "ensembles"
 
@@ -37,27 +36,15 @@ class DeclaredMember(_Part):
     stride: Stride = "v1.5"
     resize: int | None = None
     crop: int | None = None
+    padding: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
     def read(self, labels: tuple[str, ...] | None) -> Source:
         """Find and read the weights. Raises WeightsError, CheckpointError."""
-        return weights.read(
-            self.weights, name=self.name, preprocessing=self._preprocessing(), labels=labels, stride_at=self.stride
-        )
-
-    def _preprocessing(self) -> Preprocessing | None:
-        if not any((self.resize, self.crop, self.mean, self.std)):
-            return None
-        try:
-            return Preprocessing(
-                resize=self.resize or IMAGENET.resize,
-                crop=self.crop or IMAGENET.crop,
-                mean=self.mean or IMAGENET.mean,
-                std=self.std or IMAGENET.std,
-            )
-        except ValueError as error:
-            raise WeightsError(f"{self.weights}: {error}") from None
+        fields = ("resize", "crop", "padding", "mean", "std")
+        given = {field: value for field in fields if (value := getattr(self, field)) is not None}
+        return weights.read(self.weights, name=self.name, preprocessing=given, labels=labels, stride_at=self.stride)
 
 
 class Declared(_Part):
@@ -91,8 +78,8 @@ def load(name: str) -> Declared:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.toml")))
         raise WeightsError(f"no ensemble {name}: give a TOML file, or one of {known}")
     try:
-        return Declared.model_validate(tomllib.loads(path.read_text()))
-    except tomllib.TOMLDecodeError as error:
+        return Declared.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise WeightsError(f"{path} is not TOML: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]

@@ -1,8 +1,9 @@
 """The engines built for a bundle on this host, in BUNDLE.engines/ beside it: derived, never in git.
 
-An engine is used only if its fingerprint (graph, calibration, backend, version, device, golden values) is what it would
-be if it were built now and its file has the recorded hash. Anything else is built again, and a server that finds
-nothing better runs FP32, compiled when it starts; both say in the log what was wrong with the stored one.
+An engine is used only if its fingerprint (graph, calibration, backend, version, device, golden values, limits of the
+gate) is what it would be if it were built now and its file has the recorded hash. Anything else is built again, and a
+server that finds nothing better runs FP32, compiled when it starts; both say in the log what was wrong with the stored
+one.
 """
 
 import fcntl
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from resnet_ensemble.export import engines, golden, host, sealed
 from resnet_ensemble.export.bundle import Bundle, Member
 from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineBuildError, EngineRunError, Precision
-from resnet_ensemble.export.gate import LIMITS
+from resnet_ensemble.export.gate import ERROR_MARGIN, LIMITS
 from resnet_ensemble.training.files import write_together
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precisi
         "tolerance": [manifest.golden_protocol, manifest.golden_tolerance],
         "backend": [backend, implementation.version(), precision],
         "calibration": calibration,
+        "limits": [asdict(LIMITS[precision]), ERROR_MARGIN],
         "device": implementation.identity(member.preprocessing),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

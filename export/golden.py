@@ -21,15 +21,21 @@ def views(bundle: Bundle, golden: Golden, member: Member) -> NDArray[np.uint8]:
     return make_views(image, member.preprocessing, bundle.manifest.golden_protocol)
 
 
-def check(engine: Engine, bundle: Bundle, member: Member, *, allowed: float) -> float:
-    """The largest difference from a golden probability. Raises GoldenMismatch above what is allowed."""
+def difference(engine: Engine, bundle: Bundle, member: Member) -> tuple[float, str]:
+    """The largest difference from a golden probability, 1 where an answer is no number, and the picture's file."""
     worst, worst_file = 0.0, ""
     for golden in bundle.manifest.golden:
         mean = engine.run(views(bundle, golden, member)).astype(np.float64).mean(axis=0)  # (classes,)
-        difference = float(np.abs(mean - golden.probabilities[member.name]).max())
-        if not difference <= worst:  # also true for NaN
-            worst, worst_file = difference, golden.file
-    if not worst <= allowed:
+        found = float(np.nan_to_num(np.abs(mean - golden.probabilities[member.name]), nan=1.0, posinf=1.0).max())
+        if found > worst:
+            worst, worst_file = found, golden.file
+    return worst, worst_file
+
+
+def check(engine: Engine, bundle: Bundle, member: Member, *, allowed: float) -> float:
+    """The largest difference from a golden probability. Raises GoldenMismatch above what is allowed."""
+    worst, worst_file = difference(engine, bundle, member)
+    if worst > allowed:
         info = engine.info
         raise GoldenMismatch(
             f"{member.name} on {info.backend} {info.version} ({info.precision}) differs from the golden probabilities "

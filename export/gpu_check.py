@@ -10,10 +10,11 @@ of ONNX Runtime's FP32, are all batches captured as CUDA graphs, do runs side by
 do whole views run, how many views/s does it do for each batch, can it be closed? At last: does TensorRT refuse damaged
 plans? Writes gpu-check.md and gpu-check.json after every engine, should a library crash.
 
-Exit code 0: all held, or there is no GPU to check. 1: something did not hold.
+Exit code 0: all held, or there is no GPU to check. 1: something did not hold, or there is a driver but no TensorRT.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import platform
@@ -40,7 +41,7 @@ from numpy.typing import NDArray
 from resnet_ensemble.export import engines, gate, golden, quantize
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
 from resnet_ensemble.export.engine_store import tolerance
-from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineLoadError, Precision
+from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineLoadError, NotInstalled, Precision
 from resnet_ensemble.export.precisions import float8
 from resnet_ensemble.training.views import Preprocessing
 
@@ -358,6 +359,14 @@ def _place(error: BaseException) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def main() -> None:
     """Parse the command line and check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -371,6 +380,8 @@ def main() -> None:
     try:
         report = check_all(Bundle.open(arguments.bundle), arguments.only, arguments.precision, arguments.report)
     except BackendUnavailable as why:
+        if isinstance(why, NotInstalled) and _has_driver():
+            sys.exit(f"gpu_check: NVIDIA's driver is here, but {why}; `make gpu-check` does that")
         print(f"no GPU to check: {why}")
         return
     except BundleError as problem:

@@ -19,7 +19,6 @@ from typing import cast
 
 import numpy as np
 import onnx
-import onnxruntime
 import safetensors.numpy
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
@@ -242,6 +241,8 @@ class _Observer:
     """Runs the graph and gives the values of activations."""
 
     def __init__(self, graph: bytes, names: Sequence[str]) -> None:
+        import onnxruntime  # noqa: PLC0415  # a backend, which may be missing where only graphs are made
+
         self._session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self._names = list(names)
 

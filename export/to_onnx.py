@@ -40,7 +40,6 @@ from tqdm import tqdm
 
 from resnet_ensemble.export import declared, drawings, engines, gate, quantize
 from resnet_ensemble.export.bundle import (
-    MANIFEST,
     NAME,
     Bundle,
     BundleError,
@@ -256,9 +255,12 @@ def _labels(sources: Sequence[Source]) -> tuple[str, ...]:
 
 
 def _titles(sources: Sequence[Source]) -> list[str]:
-    """One name each: two networks of one name become resnet152-1 and resnet152-2."""
+    """One name each: two networks of one name become resnet152-1 and resnet152-2. Raises ExportError."""
     names = [source.name for source in sources]
-    return [f"{name}-{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    titles = [f"{name}-{names[: i + 1].count(name)}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    if len(set(titles)) < len(titles):
+        raise ExportError(f"two members would be named alike ({', '.join(titles)}); give them other names")
+    return titles
 
 
 def _calibrate(content: bytes, title: str, source: Source, folder: Path) -> tuple[CalibrationFile, bytes]:
@@ -291,23 +293,16 @@ def export_named(
     version: str = "1",
     calibration: Path | None = None,
 ) -> Bundle:
-    """The bundle of the weights, or of the ensemble, of that name. One that is there already is not made again.
+    """The bundle of the weights, or of the ensemble, of that name. Raises what PROBLEMS lists.
 
-    Raises what PROBLEMS lists.
+    One that is there already, and whole, is not made again.
     """
     name = name or path.resolve().name
     if not re.fullmatch(NAME, name):
         raise ExportError(f"{name!r} is no name for a bundle: letters, digits, dot, dash, underscore; give it a --name")
-    chosen = (
-        declared.load(ensemble)
-        if ensemble
-        else Declared(labels=labels, members=tuple(DeclaredMember(weights=text) for text in weights))
-    )
-    identity = chosen.identity()
-    if (path / MANIFEST).is_file() and not calibration:
-        bundle = Bundle.open(path)
-        if bundle.manifest.provenance.get("weights") == identity:
-            return bundle
+    chosen = choose(weights, ensemble, labels)
+    if not calibration and (made := made_before(path, chosen)):
+        return made
     return export(
         chosen.read(),
         path,
@@ -315,8 +310,25 @@ def export_named(
         version=version,
         protocol=chosen.protocol,
         calibration=calibration,
-        identity=identity,
+        identity=chosen.identity(),
     )
+
+
+def choose(weights: Sequence[str], ensemble: str | None, labels: Path | None) -> Declared:
+    """The ensemble of that name, or else of the weights. Raises WeightsError."""
+    if ensemble:
+        return declared.load(ensemble)
+    return Declared(labels=labels, members=tuple(DeclaredMember(weights=text) for text in weights))
+
+
+def made_before(path: Path, chosen: Declared) -> Bundle | None:
+    """The bundle that is there, if it is made of just that and whole: a damaged one is made again."""
+    try:
+        bundle = Bundle.open(path)
+        bundle.verify()
+    except BundleError:
+        return None
+    return bundle if bundle.manifest.provenance.get("weights") == chosen.identity() else None
 
 
 PROBLEMS = (

@@ -4,15 +4,17 @@
     resnet50.pth, resnet50.safetensors   a state dict with torchvision's names, ours or anyone's
     resnet50:IMAGENET1K_V2         torchvision's own, downloaded (and kept by torch.hub)
 
-The network is read off the tensors: depth, kind of block, shortcuts, classes. What they can't tell has torchvision's
-values unless it is given: the stride in the 3x3 (v1.5), a crop of 224 from a shorter side of 256, ImageNet's mean and
-standard deviation, and for 1000 classes ImageNet's names.
+The network is read off the tensors: depth, kind of block, shortcuts, classes. A file that torchvision published is
+known by its hash, and has the preprocessing and the accuracy that it has by name. What others can't tell has
+torchvision's values unless it is given: the stride in the 3x3 (v1.5), a crop of 224 from a shorter side of 256,
+ImageNet's mean and standard deviation, and for 1000 classes ImageNet's names.
 """
 
-import pickle
+import argparse
+import hashlib
 import re
-import urllib.error
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, get_weight
+from torchvision.models import WeightsEnum, get_model_weights, get_weight
 from torchvision.models.resnet import ResNet50_Weights
 
 from resnet_ensemble.export.bundle import Measured
@@ -34,8 +36,11 @@ from resnet_ensemble.training.views import Preprocessing
 IMAGENET = Preprocessing(resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # In the order of the WordNet ids, as everywhere.
 IMAGENET_LABELS = tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
-# Where other people's training scripts put the state dict.
+# Where other people's training scripts put the state dict, and what they and PyTorch's wrappers put before each name.
 NESTED = ("state_dict", "model", "model_state_dict", "net")
+PREFIXES = re.compile(r"^((module|_orig_mod|model)\.)+")
+# Those of torchvision that are networks of the paper.
+PUBLISHED = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 class WeightsError(Exception):
@@ -60,27 +65,30 @@ def read(
     text: str,
     *,
     name: str | None = None,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     labels: tuple[str, ...] | None = None,
     stride_at: Stride = "v1.5",
 ) -> Source:
-    """A member's weights; what is given here wins over what they say. Raises WeightsError, CheckpointError."""
+    """A member's weights; what is given here wins over what they say. Raises WeightsError, CheckpointError.
+
+    `preprocessing`: the fields of it that are given.
+    """
     if re.fullmatch(r"resnet\d+:\w+", text):
         source = _from_torchvision(text)
     elif Path(text).is_dir() or _is_checkpoint(Path(text)):
         source = from_checkpoint(checkpoint.load(Path(text)))
     else:
         source = _from_file(Path(text), stride_at, labels)
-    return Source(
-        name=name or source.name,
-        network=source.network,
-        preprocessing=preprocessing or source.preprocessing,
-        labels=labels or source.labels,
-        dataset=source.dataset,
-        recipe=source.recipe,
-        measured=source.measured,
-        mean_image=source.mean_image,
-    )
+    try:
+        seen = replace(source.preprocessing, **preprocessing or {})
+    except ValueError as error:
+        raise WeightsError(f"{text}: {error}") from None
+    labels = labels or source.labels
+    if source.labels and len(labels) != len(source.labels):
+        raise WeightsError(f"{text} has {len(source.labels)} classes and {len(labels)} names are given")
+    # An error was measured of pictures that were seen in one way; nobody knows that of another.
+    measured = source.measured if seen == source.preprocessing else ()
+    return replace(source, name=name or source.name, preprocessing=seen, labels=labels, measured=measured)
 
 
 def from_checkpoint(saved: Checkpoint) -> Source:
@@ -118,9 +126,11 @@ def from_checkpoint(saved: Checkpoint) -> Source:
 def network_of(state: dict[str, Tensor], stride_at: Stride = "v1.5") -> tuple[str, nn.Module]:
     """The name and the network of a state dict with torchvision's names. Raises WeightsError."""
     try:
-        stem, classes = state["conv1.weight"].shape, len(state["fc.weight"])
+        stem, classes = state["conv1.weight"].shape, int(state["fc.bias"].numel())
     except KeyError as missing:
         raise WeightsError(f"a state dict of torchvision's ResNet has {missing}; this one has {_some(state)}") from None
+    if classes < 2:
+        raise WeightsError("a softmax of one class is always 1: weights of two classes or more can be served")
     stages = [_count(state, stage) for stage in (1, 2, 3, 4)]
     blocks = tuple(count for count in stages if count)
     shortcut = _shortcut(state)
@@ -147,13 +157,22 @@ def network_of(state: dict[str, Tensor], stride_at: Stride = "v1.5") -> tuple[st
 
 
 def _from_file(path: Path, stride_at: Stride, labels: tuple[str, ...] | None) -> Source:
-    name, network = network_of(_state(path), stride_at)
+    state = _state(path)
+    if published := _published(hashlib.sha256(path.read_bytes()).hexdigest()):
+        return _of_torchvision(published, state)
+    name, network = network_of(state, stride_at)
     classes = network.get_submodule("fc").get_parameter("weight").shape[0]
     known = labels or (IMAGENET_LABELS if classes == len(IMAGENET_LABELS) else None)
     if known is None or len(known) != classes:
         found = "no names are given" if known is None else f"{len(known)} names are given"
         raise WeightsError(f"{path} has {classes} classes and {found}; name them, one a line: --labels FILE")
     return Source(name, network, IMAGENET, known, "imagenet", recipe={"weights": path.name, "stride_at": stride_at})
+
+
+def _published(sha256: str) -> WeightsEnum | None:
+    """The weights that torchvision published as a file with this hash, of which its address has the beginning."""
+    weights = (one for name in PUBLISHED for one in get_model_weights(name))
+    return next((one for one in weights if sha256.startswith(Path(one.url).stem.rsplit("-", 1)[1])), None)
 
 
 def _from_torchvision(text: str) -> Source:
@@ -164,12 +183,18 @@ def _from_torchvision(text: str) -> Source:
     except (ValueError, KeyError, AttributeError) as error:
         raise WeightsError(f"torchvision has no weights {text} ({error})") from None
     try:
-        state = weights.get_state_dict(progress=True, check_hash=True)
-    except (urllib.error.URLError, OSError) as error:
+        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except Exception as error:  # noqa: BLE001  # of the network, of a damaged download, of a damaged file kept from before
         raise WeightsError(
-            f"can't download {weights.url} ({error}); get the file where there is internet, and give its path instead"
+            f"can't download {weights.url} ({_first_line(error)}); get the file where there is internet, and give its "
+            "path instead"
         ) from None
-    name, network = network_of(dict(state))
+    return _of_torchvision(weights, dict(state))
+
+
+def _of_torchvision(weights: WeightsEnum, state: dict[str, Tensor]) -> Source:
+    """With the preprocessing and the accuracy that torchvision published."""
+    name, network = network_of(state)
     how = weights.transforms()
     published = Measured(
         dataset="ImageNet",
@@ -180,26 +205,43 @@ def _from_torchvision(text: str) -> Source:
         measured_by="published by torchvision",
     )
     seen = Preprocessing(resize=how.resize_size[0], crop=how.crop_size[0], mean=tuple(how.mean), std=tuple(how.std))
-    return Source(name, network, seen, IMAGENET_LABELS, "imagenet", recipe={"weights": text}, measured=(published,))
+    recipe = {"weights": f"{name}:{weights.name}"}
+    return Source(name, network, seen, IMAGENET_LABELS, "imagenet", recipe=recipe, measured=(published,))
 
 
 def _state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"no weights at {path}: give a run's folder, a file, or a name like resnet50:IMAGENET1K_V2")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise WeightsError(f"{path} is no state dict of tensors alone, and nothing else is loaded ({reason})") from None
+    state = _tensors(path)
     for key in NESTED:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} holds no state dict; save model.state_dict()")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return {PREFIXES.sub("", str(name)): tensor for name, tensor in state.items()}
+
+
+def _tensors(path: Path) -> Any:
+    """What a file holds: tensors, containers of them, and the options that training scripts keep. Nothing is run."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # has only attributes; torchvision's scripts save it
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001  # a damaged file makes PyTorch raise almost anything
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it has {other[1]}, too" if other else _first_line(error)
+        raise WeightsError(
+            f"{path} is no state dict of tensors alone, and nothing else is loaded ({reason}); save model.state_dict()"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", maxsplit=1)[0].split(". ")[0] or type(error).__name__
 
 
 def _is_checkpoint(path: Path) -> bool:

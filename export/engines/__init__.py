@@ -101,6 +101,10 @@ class BackendUnavailable(Exception):
     """The backend's package is not installed or does not work on this host; the message says what to install."""
 
 
+class NotInstalled(BackendUnavailable):
+    """The backend's package is missing or can't be imported; the message says what to install."""
+
+
 class EngineBuildError(Exception):
     """A graph can't be compiled; the message says what the compiler said."""
 
@@ -114,17 +118,17 @@ class EngineRunError(RuntimeError):
 
 
 def backend(name: str) -> Backend:
-    """Import a backend. Raises BackendUnavailable."""
+    """Import a backend. Raises NotInstalled."""
     try:
         module: Backend = importlib.import_module(f"resnet_ensemble.export.engines.{_MODULES[name]}")
     except ImportError as error:
-        raise BackendUnavailable(not_installed(name, error)) from None
+        raise not_installed(name, error) from None
     return module
 
 
-def not_installed(name: str, error: ImportError) -> str:
+def not_installed(name: str, error: ImportError) -> NotInstalled:
     """What to do about a backend whose package is missing."""
-    return f"the backend {name} is not installed ({error}); {_REMEDY[name]}"
+    return NotInstalled(f"the backend {name} is not installed ({error}); {_REMEDY[name]}")
 
 
 def available(device: Device = "auto") -> list[tuple[str, Precision]]:

@@ -16,21 +16,24 @@ from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf
 
 from resnet_ensemble.export import host
-from resnet_ensemble.export.engines import Engine, EngineInfo, Form, Precision
+from resnet_ensemble.export.engines import Engine, EngineBuildError, EngineInfo, EngineLoadError, Form, Precision
 from resnet_ensemble.training.views import Preprocessing
 
 _QUIET = 3  # errors only: level 2 warns that a stored graph suits only this kind of CPU, which its fingerprint knows
 
 
 class OnnxRuntimeEngine:
-    """A session on the CPU."""
+    """A session on the CPU. Raises EngineLoadError."""
 
     def __init__(self, graph: bytes, precision: Precision, threads: int) -> None:
         # The graph comes from `compile`, already optimised.
         options = _options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL)
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores are for others, too
-        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001  # ONNX Runtime raises classes of its own, without a common one
+            raise EngineLoadError(f"ONNX Runtime {version()} does not take the engine: {error}") from None
         self.info = EngineInfo("onnxruntime", version(), precision, "cpu", threads)
 
     def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -63,17 +66,20 @@ def identity(seen: Preprocessing) -> str:  # noqa: ARG001  # it takes views of a
 
 
 def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  # noqa: A001, ARG001  # any size, any type
-    """Fuse operators and lay weights out for this CPU, once, so that servers start sooner. Raises OSError."""
+    """Fuse operators and lay weights out for this CPU, once, so that servers start sooner.
+
+    Raises EngineBuildError, OSError.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "optimised.onnx")
         options = _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
         options.optimized_model_filepath = str(file)
         try:
             onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except InvalidProtobuf as error:
-            if not file.exists():  # the graph itself could not be read
-                raise
-            raise OSError(f"ONNX Runtime can't write {file} ({error}): is the disk full?") from None
+        except Exception as error:  # noqa: BLE001  # ONNX Runtime raises classes of its own, without a common one
+            if isinstance(error, InvalidProtobuf) and file.exists():  # the graph was read
+                raise OSError(f"ONNX Runtime can't write {file} ({error}): is the disk full?") from None
+            raise EngineBuildError(f"ONNX Runtime {version()} can't compile the graph: {error}") from None
         return file.read_bytes()
 
 

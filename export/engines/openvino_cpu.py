@@ -11,7 +11,7 @@ import openvino
 from numpy.typing import NDArray
 
 from resnet_ensemble.export import host
-from resnet_ensemble.export.engines import Engine, EngineInfo, Form, Precision
+from resnet_ensemble.export.engines import Engine, EngineBuildError, EngineInfo, EngineLoadError, Form, Precision
 from resnet_ensemble.training.views import Preprocessing
 
 DEVICE = "CPU"
@@ -60,15 +60,21 @@ def identity(seen: Preprocessing) -> str:  # noqa: ARG001  # it takes views of a
 
 
 def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  # noqa: A001, ARG001
-    """Fuse operators and lay weights out for this CPU."""
-    model = _core.compile_model(_core.read_model(graph), DEVICE, _options(precision))
+    """Fuse operators and lay weights out for this CPU. Raises EngineBuildError."""
+    try:
+        model = _core.compile_model(_core.read_model(graph), DEVICE, _options(precision))
+    except RuntimeError as error:
+        raise EngineBuildError(f"OpenVINO {version()} can't compile the graph: {error}") from None
     content: bytes = model.export_model().getvalue()
     return content
 
 
 def load(compiled: bytes, precision: Precision, threads: int = 1) -> Engine:
-    """An engine from what `compile` made."""
-    model = _core.import_model(BytesIO(compiled), DEVICE, _options(precision, threads))
+    """An engine from what `compile` made. Raises EngineLoadError."""
+    try:
+        model = _core.import_model(BytesIO(compiled), DEVICE, _options(precision, threads))
+    except RuntimeError as error:
+        raise EngineLoadError(f"OpenVINO {version()} does not take the engine: {error}") from None
     return OpenVinoEngine(model, precision, threads)
 
 

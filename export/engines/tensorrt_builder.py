@@ -8,6 +8,7 @@ TensorRT reports failures as return values, or not at all; here each is an Engin
 """
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -59,15 +60,31 @@ class Timings:
         self.content = b""
 
 
-def make_logger(module: ModuleType) -> Any:
-    """A TensorRT logger that keeps what went wrong in `errors`. It must outlive what it is given to."""
+_loggers: dict[type, Any] = {}
+
+
+def logger_of(module: ModuleType) -> Any:
+    """The logger of all builders and runtimes, without the errors of earlier ones. Never freed.
+
+    TensorRT keeps the logger of the first object that there is for all that come while it lives: with a logger for each
+    object, the errors of one would be told to another, or to one that is gone.
+    """
+    kind = module.ILogger
+    if kind not in _loggers:
+        _loggers[kind] = _make_logger(module)
+    _loggers[kind].errors.clear()
+    return _loggers[kind]
+
+
+def _make_logger(module: ModuleType) -> Any:
+    """A TensorRT logger that keeps the last things that went wrong in `errors`."""
     if not TYPE_CHECKING:
         trt = module
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # Any, without the stubs
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # pybind11 wants it by name
-            self.errors: list[str] = []
+            self.errors: deque[str] = deque(maxlen=3)
             self._warned: set[str] = set()
 
         def log(self, severity: Any, msg: str) -> None:
@@ -80,7 +97,7 @@ def make_logger(module: ModuleType) -> Any:
 
         def explain(self) -> str:
             """The last errors, or that there is none."""
-            return "; ".join(" ".join(error.split()) for error in self.errors[-3:]) or "it does not say why"
+            return "; ".join(" ".join(error.split()) for error in list(self.errors)) or "it does not say why"
 
     return Logger()
 
@@ -101,7 +118,7 @@ def build(
     """
     if not TYPE_CHECKING:
         trt = module
-    logger = make_logger(module)
+    logger = logger_of(module)
     builder = _builder(module, logger)
     network = builder.create_network(0)  # of explicit batch and strongly typed, as all are in TensorRT 11
     # The parser keeps neither the network nor the logger alive: without the variables this is a crash.
@@ -121,7 +138,8 @@ def build(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     for profile in profiles:
         _add_profile(builder, config, profile, logger)
-    if not config.set_timing_cache(config.create_timing_cache(timings.content), False):
+    cache = config.create_timing_cache(timings.content)  # a variable: it must outlive the build
+    if not config.set_timing_cache(cache, False):
         raise BuildFailed(f"TensorRT refuses the timings of its last build: {logger.explain()}")
     content = builder.build_serialized_network(network, config)
     if content is None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from cuda.bindings import runtime as cudart
 
-from resnet_ensemble.export.engines import BackendUnavailable, Engine, Form, Precision, not_installed, tensorrt_builder
+from resnet_ensemble.export.engines import Engine, Form, Precision, not_installed, tensorrt_builder
 from resnet_ensemble.export.engines.gpu import Gpu, probe
 from resnet_ensemble.export.engines.tensorrt_builder import Timings
 from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS, profiles
@@ -73,4 +73,4 @@ def _module() -> ModuleType:
     try:
         return importlib.import_module("tensorrt")
     except ImportError as error:
-        raise BackendUnavailable(not_installed("tensorrt", error)) from None
+        raise not_installed("tensorrt", error) from None

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from resnet_ensemble.export.engines import EngineInfo, EngineLoadError, EngineRunError, Precision
 from resnet_ensemble.export.engines.gpu import check, probe
-from resnet_ensemble.export.engines.tensorrt_builder import INPUT, make_logger
+from resnet_ensemble.export.engines.tensorrt_builder import INPUT, logger_of
 from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS, Profile, Size
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class TensorRtEngine:
     ) -> None:
         gpu = probe(cudart)  # before TensorRT's first object: without a driver it may crash
         self.info = EngineInfo("tensorrt", module.__version__, precision, gpu.name, threads=1)
-        logger = make_logger(module)
+        logger = logger_of(module)
         self._program = _deserialize(module, plan, logger, gpu.name)
         self._free = threading.Condition()
         self._closed = False

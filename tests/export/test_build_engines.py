@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_ensemble.export import build_engines, drawings, engines
+from resnet_ensemble.export import build_engines, drawings, engines, to_onnx
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.triton_repository import Plan
 from resnet_ensemble.training.model import cifar
@@ -78,20 +79,51 @@ def test_with_pictures_int8_is_calibrated_gated_and_reused(root: Path, bundle: P
     assert third.stdout.count(", built") == len(int8)  # other pictures, other engines
 
 
-def test_a_dry_run_says_what_would_be_built_and_builds_nothing(root: Path, bundle: Path) -> None:
-    result = build(root, bundle, "--dry-run", "--precision", "fp32")
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_dry_run_says_what_would_be_built_and_writes_nothing(
+    root: Path, bundle: Path, options: tuple[str, ...]
+) -> None:
+    result = build(root, bundle, "--dry-run", "--precision", "fp32", *options)
 
     fp32 = [v for v in engines.available() if v[1] == "fp32"]
-    assert result.stdout.count("would be built") == len(Bundle.open(bundle).manifest.members) * len(fp32)
-    assert not list((bundle.parent / "cifar10.engines").glob("*.engine"))
+    assert result.stdout.count("would be built") == len(Bundle.open(bundle).manifest.members) * len(fp32), result.stderr
+    assert ("nothing was written" in result.stdout) == (not options)
+    assert list(bundle.parent.iterdir()) == [bundle]
 
 
-def test_the_report_can_be_printed(root: Path, bundle: Path) -> None:
+def test_what_the_table_says_can_be_printed_as_json(root: Path, bundle: Path) -> None:
     member = Bundle.open(bundle).manifest.members[0].name
 
     result = build(root, bundle, "--only", member, "--precision", "fp32", "--json")
 
-    assert json.loads(result.stdout)["engines"] == report(bundle)
+    printed = json.loads(result.stdout)
+    assert {key: engine | {"note": "built"} for key, engine in report(bundle).items()} == printed["engines"]
+    assert (list(printed["chosen"]), printed["without"]) == ([member], {})
+    assert set(printed["chosen"].values()) <= set(printed["engines"])
+
+
+def test_a_member_without_an_engine_that_passed_is_a_failure(root: Path, bundle: Path) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    for member in manifest["members"]:
+        member["calibration"] = None
+    del manifest["sha256"]
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+    result = build(root, bundle, "--precision", "int8", "--only", "resnet20")
+
+    assert (result.returncode, result.stdout.count("needs pictures: --calibration DIR")) == (1, 2)
+    assert "no engine of resnet20 passed" in result.stderr
+
+
+def test_without_onnx_runtime_it_says_what_to_install(root: Path, bundle: Path) -> None:
+    code = "import runpy, sys; sys.modules['onnxruntime'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    command = [sys.executable, "-c", code, "export/build_engines.py", str(bundle), "--precision", "fp32"]
+
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+
+    assert result.returncode == 1
+    assert "pip install 'resnet-ensemble[cpu]'" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -100,6 +132,8 @@ def test_the_report_can_be_printed(root: Path, bundle: Path) -> None:
         (["--only", "resnet1000"], "no member named resnet1000; there are resnet20"),
         (["--calibration", "nowhere"], "no pictures in nowhere"),
         (["--triton", "models", "--dry-run"], "--dry-run writes nothing"),
+        (["--labels", "labels.txt"], "--labels goes with --weights"),
+        (["--weights", "a.pth", "--ensemble", "b"], "--weights or --ensemble, not both"),
     ],
 )
 def test_mistakes_are_named(root: Path, bundle: Path, arguments: list[str], message: str) -> None:
@@ -118,11 +152,33 @@ def test_with_weights_the_bundle_is_made_first_and_only_once(root: Path, tmp_pat
     first = build(root, tmp_path / "made", *options)
     written = (tmp_path / "made" / "bundle.json").stat().st_mtime_ns
     second = build(root, tmp_path / "made", *options)
+    dry = build(root, tmp_path / "other", *options, "--dry-run")
 
     manifest = Bundle.open(tmp_path / "made").manifest
     assert (manifest.labels, [member.name for member in manifest.members]) == (("red", "green", "blue"), ["resnet8"])
     assert first.stdout.count(", built") == second.stdout.count(", reused") == 2, first.stderr
     assert (tmp_path / "made" / "bundle.json").stat().st_mtime_ns == written
+    assert (dry.returncode, dry.stdout) == (0, f"{tmp_path / 'other'} would be made first, and then its engines\n")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("file", ["bundle.json", "members/resnet8.onnx"])
+def test_a_damaged_bundle_is_made_again_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    torch.save(cifar(8, classes=3).state_dict(), tmp_path / "mine.pth")
+    (tmp_path / "labels.txt").write_text("red\ngreen\nblue\n")
+    monkeypatch.setattr(to_onnx, "to_onnx", lambda graph: b"a graph")  # the writing is what matters
+    made = partial(
+        to_onnx.export_named, [str(tmp_path / "mine.pth")], tmp_path / "made", labels=tmp_path / "labels.txt"
+    )
+    made()
+    before = (tmp_path / "made" / file).read_bytes()
+    (tmp_path / "made" / file).write_bytes(before[:-9])
+
+    made().verify()
+
+    assert (tmp_path / "made" / file).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -131,6 +187,7 @@ def test_with_weights_the_bundle_is_made_first_and_only_once(root: Path, tmp_pat
         (["bundles/x", "--weights", "none.pth"], "no weights at none.pth"),
         (["bundles/x", "--ensemble", "none"], "no ensemble none"),
         (["--weights", "none.pth"], "name the bundle's folder"),
+        (["bundles/cifar10", "--weights", "none.pth"], "name the bundle's folder"),
     ],
 )
 def test_weights_that_can_t_be_had_are_named(root: Path, arguments: list[str], message: str) -> None:

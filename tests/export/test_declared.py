@@ -67,11 +67,23 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
         declared.load(write(tmp_path / "x.toml", text))
 
 
-def test_a_geometry_that_can_t_be_is_refused(tmp_path: Path) -> None:
-    ensemble = declared.load(write(tmp_path / "x.toml", 'members = [{ weights = "r.pth", resize = 100 }]'))
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b'name = "\xff"')
 
-    with pytest.raises(WeightsError, match=r"r\.pth: a crop of 224 does not fit"):
-        ensemble.read()
+    with pytest.raises(WeightsError, match="is not TOML"):
+        declared.load(str(tmp_path / "x.toml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("resize = 100", "a crop of 224 does not fit"), ("crop = 0", "must be positive"), ("std = [0, 1, 1]", "std")],
+)
+def test_a_preprocessing_that_can_t_be_is_refused(tmp_path: Path, given: str, message: str) -> None:
+    torch.save(imagenet(18).state_dict(), tmp_path / "r.pth")
+    text = f'members = [{{ weights = "{tmp_path}/r.pth", {given} }}]'
+
+    with pytest.raises(WeightsError, match=rf"r\.pth: .*{message}"):
+        declared.load(write(tmp_path / "x.toml", text)).read()
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:

@@ -82,6 +82,14 @@ def test_the_fingerprint_depends_on_all_that_the_engine_does(bundle: Bundle) -> 
     assert len(set(prints)) == len(prints)
 
 
+def test_an_engine_that_passed_other_limits_is_not_used(
+    bundle: Bundle, stored: tuple[Record, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_store, "ERROR_MARGIN", 0.5)
+
+    assert find(bundle) is None
+
+
 def test_a_report_of_another_version_is_ignored(bundle: Bundle, stored: tuple[Record, bytes]) -> None:
     (EngineStore(bundle).folder / engine_store.REPORT).write_text('{"engines": {"a/b": {"unknown": 1}}}')
 

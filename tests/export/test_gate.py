@@ -42,6 +42,16 @@ def test_the_verdict_says_what_is_wrong(changes: dict[str, float], verdict: str)
     assert replace(FINE, **changes).verdict("int8") == verdict
 
 
+def test_an_answer_that_is_no_number_agrees_with_nothing() -> None:
+    reference = np.array([[0.9, 0.1], [0.9, 0.1]], np.float32)
+    found = np.array([[0.9, 0.1], [np.nan, np.nan]], np.float32)
+
+    finding = gate.compare(found, reference, None)
+
+    assert (finding.agreement, finding.difference) == (0.5, 1)
+    assert finding.verdict("fp16") == "top-1 agreement 50.0% is below 99.0%"
+
+
 def test_lower_precisions_have_wider_limits() -> None:
     assert FINE.verdict("fp32") != "passed"
     assert FINE.verdict("bf16") == "passed"
@@ -53,6 +63,22 @@ def test_lower_precisions_have_wider_limits() -> None:
 def picture(path: Path, value: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (40, 36), (value, value, value)).save(path)
+
+
+def test_pictures_in_imagenet_s_folders_are_labelled_in_their_order(tmp_path: Path, shipped: Bundle) -> None:
+    for i in range(10):
+        (tmp_path / f"n{10 - i:08}").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "n00000004" / "a.png")
+    seen, labels = shipped.manifest.members[0].preprocessing, shipped.manifest.labels
+
+    labelled = gate.from_folder(tmp_path, seen, labels)
+    (tmp_path / "n00000010").rmdir()
+    fewer = gate.from_folder(tmp_path, seen, labels)
+
+    assert labelled.labels is not None
+    assert labelled.labels.tolist() == [3]
+    assert fewer.labels is None
+    assert fewer.identity != labelled.identity
 
 
 def test_pictures_in_folders_named_like_labels_are_labelled(tmp_path: Path, shipped: Bundle) -> None:

@@ -148,6 +148,17 @@ def test_without_a_gpu_the_command_says_so_and_ends_well(root: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_a_driver_without_tensorrt_is_no_missing_gpu(
+    cudart: Cudart, shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # what makes an import fail
+    monkeypatch.setattr(gpu_check, "_has_driver", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(shipped.path)])
+
+    with pytest.raises(SystemExit, match=r"driver is here, but .*pip install 'resnet-ensemble\[tensorrt\]'"):
+        gpu_check.main()
+
+
 def test_a_bundle_that_is_none_is_an_error(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, "export/gpu_check.py", str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=60)

@@ -131,6 +131,13 @@ def test_two_networks_of_one_name_get_numbers(saved: Checkpoint, tmp_path: Path)
     assert [member.name for member in bundle.manifest.members] == ["resnet8-1", "resnet8-2"]
 
 
+def test_names_that_would_be_alike_are_refused(saved: Checkpoint) -> None:
+    sources = [replace(weights.from_checkpoint(saved), name=name) for name in ("a", "a", "a-1")]
+
+    with pytest.raises(to_onnx.ExportError, match="two members would be named alike"):
+        to_onnx._titles(sources)
+
+
 def test_a_calibration_travels_with_its_member(saved: Checkpoint, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

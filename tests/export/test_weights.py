@@ -1,6 +1,8 @@
 """Weights of many origins become the same network."""
 
+import argparse
 import urllib.error
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from resnet_ensemble.training import checkpoint
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch
 from resnet_ensemble.training.model import Shortcut, cifar, imagenet
 from resnet_ensemble.training.recipes import RECIPES, new_network
-from resnet_ensemble.training.views import Preprocessing
 
 LABELS = tuple("abcdefg")
 
@@ -60,16 +61,24 @@ def test_the_stride_can_be_given() -> None:
     assert not torch.equal(logits(weights.network_of(made.state_dict())[1]), logits(made))
 
 
-@pytest.mark.parametrize("wrapped", ["plain", "nested", "parallel", "safetensors"])
-def test_a_file_is_read_in_the_forms_that_people_save(tmp_path: Path, theirs: torch.nn.Module, wrapped: str) -> None:
-    state, path = theirs.state_dict(), tmp_path / "mine.pth"
-    if wrapped == "safetensors":
-        path = tmp_path / "mine.safetensors"
-        safetensors.torch.save_file(state, path)
+FORMS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "plain": lambda state: state,
+    "nested": lambda state: {"epoch": 3, "arch": "resnet18", "state_dict": state, "best_acc1": torch.tensor(1.0)},
+    "of torchvision's scripts": lambda state: {"model": state, "optimizer": {}, "args": argparse.Namespace(lr=0.1)},
+    "parallel": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "compiled": lambda state: {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
+    "lightning": lambda state: {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}},
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS, "safetensors"])
+def test_a_file_is_read_in_the_forms_that_people_save(tmp_path: Path, theirs: torch.nn.Module, form: str) -> None:
+    path = tmp_path / "mine.pth"
+    if form == "safetensors":
+        path = path.with_suffix(".safetensors")
+        safetensors.torch.save_file(theirs.state_dict(), path)
     else:
-        if wrapped == "parallel":
-            state = {f"module.{name}": tensor for name, tensor in state.items()}
-        torch.save({"epoch": 3, "state_dict": state} if wrapped == "nested" else state, path)
+        torch.save(FORMS[form](theirs.state_dict()), path)
 
     source = weights.read(str(path), labels=LABELS)
 
@@ -87,11 +96,33 @@ def test_a_thousand_classes_are_imagenet_s(tmp_path: Path) -> None:
 
 def test_name_and_preprocessing_can_be_given(tmp_path: Path, theirs: torch.nn.Module) -> None:
     torch.save(theirs.state_dict(), tmp_path / "r.pth")
-    seen = Preprocessing(resize=232, crop=224, mean=IMAGENET.mean, std=IMAGENET.std)
 
-    source = weights.read(str(tmp_path / "r.pth"), name="mine", preprocessing=seen, labels=LABELS)
+    source = weights.read(str(tmp_path / "r.pth"), name="mine", preprocessing={"resize": 232}, labels=LABELS)
 
-    assert (source.name, source.preprocessing) == ("mine", seen)
+    assert (source.name, source.preprocessing) == ("mine", replace(IMAGENET, resize=232))
+
+
+def test_what_is_given_of_the_preprocessing_leaves_the_rest_but_no_error_that_was_measured_without_it(
+    run: Path,
+) -> None:
+    source = weights.read(str(run), preprocessing={"resize": 36})
+
+    assert source.preprocessing == replace(RECIPES["resnet20-cifar10"].preprocessing, resize=36)
+    assert source.measured == ()
+
+
+def test_a_file_that_torchvision_published_is_known_by_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert weights._published("11ad3fa6" + 56 * "0") is ResNet50_Weights.IMAGENET1K_V2
+    assert weights._published(64 * "0") is None
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "renamed.pth")
+    monkeypatch.setattr(weights, "_published", lambda sha256: ResNet50_Weights.IMAGENET1K_V2)
+
+    source = weights.read(str(tmp_path / "renamed.pth"))
+
+    assert (source.preprocessing.resize, source.measured[0].top1_error) == (232, pytest.approx(19.142))
+    assert source.recipe == {"weights": "resnet50:IMAGENET1K_V2"}
 
 
 @pytest.fixture
@@ -133,13 +164,18 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": Evil()}, "no state dict of tensors alone, and nothing else is loaded"),
+        (
+            {"a": Evil()},
+            r"no state dict of tensors alone, and nothing else is loaded \(it has .*print, too\); save model",
+        ),
+        ({1: torch.zeros(2)}, "has 'conv1.weight'; this one has 1"),
+        ({"conv1.weight": torch.zeros(16, 3, 3, 3), "fc.bias": torch.zeros(1)}, "a softmax of one class is always 1"),
         ({"epoch": 3}, "holds no state dict"),
         ({"w": torch.zeros(2)}, r"has 'conv1.weight'; this one has w"),
-        ({"conv1.weight": torch.zeros(8, 3, 5, 5), "fc.weight": torch.zeros(2, 8)}, "no network of the paper"),
-        ({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.weight": torch.zeros(2, 8)}, "no network of Table 1"),
+        ({"conv1.weight": torch.zeros(8, 3, 5, 5), "fc.bias": torch.zeros(2)}, "no network of the paper"),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(2)}, "no network of Table 1"),
     ],
-    ids=["pickle", "no tensors", "other names", "another stem", "no blocks"],
+    ids=["pickle", "no names", "one class", "no tensors", "other names", "another stem", "no blocks"],
 )
 def test_what_is_no_resnet_is_refused(
     tmp_path: Path, content: object, message: str, capsys: pytest.CaptureFixture[str]
@@ -151,9 +187,10 @@ def test_what_is_no_resnet_is_refused(
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"not weights at all", b"", b"\x80\x02}q\x00."], ids=["text", "empty", "a pickle"])
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-def test_a_file_of_junk_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"not weights at all")
+def test_a_file_of_junk_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
 
     with pytest.raises(WeightsError, match="no state dict of tensors"):
         weights.read(str(tmp_path / name))
@@ -194,9 +231,14 @@ def test_torchvision_s_weights_come_with_their_own_preprocessing_and_accuracy(mo
     assert v1.labels == IMAGENET_LABELS
 
 
-def test_offline_the_error_says_what_to_do_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("Name or service not known")
+@pytest.mark.parametrize(
+    "error",
+    [urllib.error.URLError("Name or service not known"), RuntimeError('invalid hash value (expected "11ad3fa6"')],
+)
+def test_a_download_that_fails_says_what_to_do_instead(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, weights_only: bool, **__: object) -> None:
+        assert weights_only
+        raise error
 
     monkeypatch.setattr(ResNet50_Weights, "get_state_dict", fail)
 

@@ -91,6 +91,16 @@ def test_a_missing_backend_says_what_to_install_and_is_not_available(
     assert name not in {backend for backend, _ in engines.available()}
 
 
+@pytest.mark.parametrize("name", engines.ON["cpu"])
+def test_what_the_library_refuses_is_an_error_of_ours(name: str, shipped: Bundle) -> None:
+    implementation = engines.backend(name)
+
+    with pytest.raises(engines.EngineBuildError, match="can't compile the graph"):
+        implementation.compile(b"no graph", "fp32", shipped.manifest.members[0].preprocessing)
+    with pytest.raises(engines.EngineLoadError, match="does not take the engine"):
+        implementation.load(b"no engine", "fp32")
+
+
 def test_an_unknown_precision_is_no_variant() -> None:
     precisions: set[Precision] = {precision for _, precision in VARIANTS}
 

@@ -179,6 +179,30 @@ def test_an_engine_that_can_t_be_built_does_not_stop_the_others(
     assert rows_of(rows) == {"fp32": "passed", "fp16": "failed: TensorRT found no plan: no tactics"}
 
 
+@pytest.mark.parametrize("answer", [float("nan"), 1.0])
+def test_an_engine_that_computes_nonsense_is_not_chosen_and_does_not_stop_the_others(
+    cudart: Cudart, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, answer: float
+) -> None:
+    member = bundle.manifest.members[0]
+    load = tensorrt_gpu.load
+
+    def wrong(compiled: bytes, precision: engines.Precision, threads: int = 1) -> engines.Engine:
+        engine = load(compiled, precision)
+        run = engine.run
+        monkeypatch.setattr(engine, "run", lambda views: run(views) * 0 + answer)
+        return engine
+
+    monkeypatch.setattr(tensorrt_gpu, "load", wrong)
+    rows = build_all(bundle, members=[member.name], precisions=["fp16", "fp32"])
+
+    refused = [row.record.verdict for row in rows if row.record and row.backend == "tensorrt"]
+    assert len(refused) == 2
+    assert all("is below" in verdict or "differs by 1" in verdict for verdict in refused)
+    best = EngineStore(bundle).best(member)
+    assert best is not None
+    assert best.record.backend in engines.ON["cpu"]
+
+
 def test_a_plan_in_the_wrong_precision_is_never_stored(
     cudart: Cudart, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from resnet_ensemble.export import engines
 from resnet_ensemble.export.bundle import Bundle
-from resnet_ensemble.export.engines import BackendUnavailable, EngineLoadError, gpu
+from resnet_ensemble.export.engines import BackendUnavailable, EngineLoadError, gpu, tensorrt_builder
 from resnet_ensemble.export.engines.gpu import CudaError
 from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS, profiles
 from resnet_ensemble.export.engines.tensorrt_runtime import TensorRtEngine, TensorRtError
@@ -235,6 +235,19 @@ def test_a_plan_that_does_not_fit_is_refused_and_nothing_leaks(
     with pytest.raises(EngineLoadError, match=message):
         opened(trt, cudart, content)
     assert cudart.leaks() == []
+
+
+def test_all_have_one_logger_which_forgets_what_went_wrong_before(trt: TensorRt, cudart: Cudart, plan: bytes) -> None:
+    logger = tensorrt_builder.logger_of(trt)
+    with pytest.raises(EngineLoadError, match="magicTag"):
+        TensorRtEngine(trt, cudart, b"noise", "fp32")
+    assert "magicTag" in logger.explain()
+
+    engine = TensorRtEngine(trt, cudart, plan, "fp32")
+
+    assert tensorrt_builder.logger_of(trt) is logger
+    assert logger.explain() == "it does not say why"
+    engine.close()
 
 
 def test_a_library_that_makes_no_runtime_is_an_error(trt: TensorRt, cudart: Cudart, plan: bytes) -> None:
