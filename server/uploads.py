@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+import multipart
 from starlette.requests import Request
 
 from resnet_ensemble.server.errors import ApiError
@@ -16,6 +14,7 @@ HINT = (
     "(curl --data-binary @cat.jpg -H 'Content-Type: image/jpeg')"
 )
 _MAX_PARTS = 2000  # more than any setting makes sense for; beyond it the parser stops
+_MAX_FIELD_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -54,71 +53,91 @@ async def _read_raw(request: Request, settings: Settings) -> bytes:
     return bytes(content)
 
 
-class _Parser(MultiPartParser):
-    """Takes a part for a file also where only its content type says so: RFC 7578 does not ask for a file name.
+async def _read_form(request: Request, settings: Settings) -> Upload:
+    _, options = multipart.parse_options_header(request.headers["content-type"])
+    form = _Form(settings)
+    try:
+        # Headers are UTF-8, which the parser would insist on; what is not is no reason to refuse a picture.
+        parser = multipart.PushMultipartParser(
+            options.get("boundary", ""), max_segment_count=_MAX_PARTS, header_charset="latin-1"
+        )
+        async for chunk in request.stream():
+            for event in parser.parse(chunk) if chunk else ():  # it would take an empty one for the end
+                form.take(event)
+    except multipart.MultipartError as error:
+        raise ApiError("malformed_request", f"the form can't be read: {error}") from None
+    try:
+        parser.close()
+    except multipart.MultipartError:
+        raise ApiError("malformed_request", "the form is cut off: its last boundary is missing") from None
+    if not form.upload.images:
+        raise ApiError("missing_image", f"the form has no part {FIELD}; {HINT}")
+    return form.upload
 
-    And refuses a form that is cut off, of which Starlette's parser leaves out the last part, and says nothing.
+
+class _Form:
+    """Sorts the parts of a form as they arrive. A part is a file if it has a file name or is of a type that is no text.
+
+    RFC 7578 does not ask for a file name.
     """
 
-    _complete = True
+    def __init__(self, settings: Settings) -> None:
+        self.upload = Upload([], [])
+        self._settings = settings
+        self._part: multipart.MultipartSegment | None = None
+        self._limit = 0
+        self._content: list[bytes] = []
 
-    def on_headers_finished(self) -> None:
-        self._complete = False
-        part = self._current_part
-        disposition = part.content_disposition or b""
-        typed = any(name == b"content-type" and not value.startswith(b"text/") for name, value in part.item_headers)
-        _, options = parse_options_header(disposition)
-        if typed and b"filename" not in options:
-            part.content_disposition = disposition + b'; filename=""'
-        super().on_headers_finished()
+    def take(self, event: multipart.MultipartSegment | bytes | None) -> None:
+        """What the parser has found: a part's head, some of its content, or its end. Raises ApiError."""
+        if isinstance(event, multipart.MultipartSegment):
+            self._part, self._content = event, []
+            self._limit = self._begin(event)
+            return
+        assert self._part is not None
+        if event is None:
+            self._end(self._part, b"".join(self._content))
+        elif self._part.bytes_received <= self._limit:  # what else comes is not worth keeping
+            self._content.append(event)
 
-    def on_end(self) -> None:
-        self._complete = True
+    def _begin(self, part: multipart.MultipartSegment) -> int:
+        """How many bytes of its content are of use."""
+        name, settings = _text(part.name), self._settings
+        if name == FIELD and not _is_file(part):
+            raise ApiError("missing_image", f"the part {FIELD} is text, not a file; {HINT}")
+        if name == FIELD:
+            if len(self.upload.images) == settings.max_images_per_request:
+                raise ApiError(
+                    "too_many_images", f"at most {settings.max_images_per_request} images fit into one request"
+                )
+            return settings.max_image_bytes
+        if _is_file(part):
+            raise ApiError("invalid_option", f"no file part is named {name!r}: name it {FIELD!r}; {HINT}")
+        if name in self.upload.fields:
+            raise ApiError("invalid_option", f"{name} is given twice")
+        return _MAX_FIELD_BYTES
 
-    async def parse(self) -> FormData:
-        form = await super().parse()
-        if not self._complete:
-            for file in self._files_to_close_on_error:
-                file.close()
-            raise MultiPartException("the form is cut off: its last boundary is missing")
-        return form
-
-
-async def _read_form(request: Request, settings: Settings) -> Upload:
-    upload = Upload([], [])
-    try:
-        form = await _Parser(request.headers, request.stream(), max_files=_MAX_PARTS, max_fields=_MAX_PARTS).parse()
-    except MultiPartException as error:
-        raise ApiError("malformed_request", error.message) from None
-    except UnicodeError as error:  # some of the charsets that a stranger can name fail on anything
-        raise ApiError("malformed_request", f"the form is not in the charset that it says: {error}") from None
-    try:
-        for name, value in form.multi_items():
-            if name == FIELD and isinstance(value, UploadFile):
-                if len(upload.images) == settings.max_images_per_request:
-                    raise ApiError(
-                        "too_many_images", f"at most {settings.max_images_per_request} images fit into one request"
-                    )
-                upload.images.append(await _part(value, settings))
-                upload.filenames.append(value.filename or None)
-            elif name == FIELD:
-                raise ApiError("missing_image", f"the part {FIELD} is text, not a file; {HINT}")
-            elif isinstance(value, UploadFile):
-                raise ApiError("invalid_option", f"no file part is named {name!r}: name it {FIELD!r}; {HINT}")
-            elif name in upload.fields:
-                raise ApiError("invalid_option", f"{name} is given twice")
-            else:
-                upload.fields[name] = value
-    finally:
-        await form.close()
-    if not upload.images:
-        raise ApiError("missing_image", f"the form has no part {FIELD}; {HINT}")
-    return upload
+    def _end(self, part: multipart.MultipartSegment, content: bytes) -> None:
+        name = _text(part.name)
+        if name == FIELD:
+            large = part.size > self._limit
+            self.upload.images.append(_too_large(part.size, self._settings) if large else content)
+            self.upload.filenames.append(_text(part.filename) or None)
+        elif part.size > self._limit:
+            raise ApiError(
+                "invalid_option", f"{name[:100]!r} has {part.size} bytes; at most {_MAX_FIELD_BYTES} are read"
+            )
+        else:
+            self.upload.fields[name] = content.decode(errors="replace")
 
 
-async def _part(part: UploadFile, settings: Settings) -> bytes | ApiError:
-    size = part.size or 0  # Starlette has counted what it received
-    return await part.read() if size <= settings.max_image_bytes else _too_large(size, settings)
+def _is_file(part: multipart.MultipartSegment) -> bool:
+    return part.filename is not None or not (part.content_type or "text/plain").startswith("text/")
+
+
+def _text(header: str | None) -> str:
+    """Of a header that was read as Latin-1."""
+    return (header or "").encode("latin-1").decode(errors="replace")
 
 
 def _too_large(size: int, settings: Settings) -> ApiError:

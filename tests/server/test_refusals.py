@@ -139,11 +139,28 @@ def test_a_form_that_is_cut_off_is_refused_whole(client: TestClient, png: Png, i
 
 
 @pytest.mark.parametrize("charset", ["undefined", "punycode"])
-def test_a_charset_that_nothing_is_written_in_is_refused(client: TestClient, png: Png, charset: str) -> None:
+def test_a_charset_that_nothing_is_written_in_makes_no_difference(client: TestClient, charset: str) -> None:
     content = b'--x\r\nContent-Disposition: form-data; name="top_k"\r\n\r\n\xff1\r\n--x--\r\n'
     header = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
 
-    assert_problem(client.post("/predict", content=content, headers=header), "malformed_request")
+    assert_problem(client.post("/predict", content=content, headers=header), "missing_image")
+
+
+def test_a_file_name_is_answered_as_it_was_sent_and_odd_bytes_in_it_are_no_reason_to_refuse(
+    client: TestClient, png: Png
+) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="%s"\r\n\r\n' + png() + b"\r\n"
+    content = b"".join(head.replace(b"%s", name) for name in ("größe.png".encode(), b"\xff.png", b"")) + b"--x--\r\n"
+
+    response = client.post("/predict", content=content, headers={"Content-Type": "multipart/form-data; boundary=x"})
+
+    assert [result["filename"] for result in response.json()["results"]] == ["größe.png", "\ufffd.png", None]
+
+
+def test_an_option_of_a_form_may_be_short_only(client: TestClient, png: Png) -> None:
+    response = client.post("/predict", files={"image": png()}, data={"protocol": "1" * 70_000})
+
+    assert "70000 bytes" in assert_problem(response, "invalid_option")["detail"]
 
 
 def test_a_compressed_image_is_told_to_come_as_it_is(client: TestClient, png: Png) -> None:
