@@ -25,6 +25,7 @@ class Service:
 
     - open_with: how engines are opened; tests give their own
     - on_fatal: called once with a message if the bundle can't be served
+    - on_loaded: called whenever a bundle was loaded, on the thread that loads, before it is served
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Service:
         *,
         open_with: Opener = open_engine,
         on_fatal: Callable[[str], None] = lambda message: None,
+        on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()
@@ -40,6 +42,7 @@ class Service:
         self.memory = Memory(settings.max_pending_bytes)
         self._open_with = open_with
         self._on_fatal = on_fatal
+        self._on_loaded = on_loaded
         self._path = settings.bundle
         self._serving: _Serving | None = None
         self._failure: str | None = None
@@ -139,7 +142,7 @@ class Service:
         self._switching = True
         try:
             settings = self.settings.model_copy(update={"bundle": path})
-            classifier = await asyncio.to_thread(_load, settings, self.metrics, self._open_with)
+            classifier = await asyncio.to_thread(self._loaded, settings)
         except Exception as error:  # whatever a new bundle does must not harm the old one
             reason = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
             log.exception("still serving %s, not %s", old.classifier.bundle.identity, path)
@@ -186,7 +189,7 @@ class Service:
 
     async def _load(self) -> None:
         try:
-            classifier = await asyncio.to_thread(_load, self.settings, self.metrics, self._open_with)
+            classifier = await asyncio.to_thread(self._loaded, self.settings)
         except _EXPECTED as error:
             self._fail(str(error))
             return
@@ -195,6 +198,13 @@ class Service:
             self._fail(f"the models can't be loaded ({error!r}); the log has more")
             return
         self._serve(classifier)
+
+    def _loaded(self, settings: Settings) -> Classifier:
+        """On a thread that gives way to the event loop, as all threads do that engines start."""
+        host.give_way()
+        classifier = load(settings, self.metrics, self._open_with)
+        self._on_loaded()
+        return classifier
 
     def _serve(self, classifier: Classifier) -> None:
         """From now on this one answers, and the metrics tell of it."""
@@ -212,12 +222,6 @@ class Service:
         measured.ready.set_function(lambda: not classifier.scheduler.down)
         self._serving = _Serving(classifier)
         log.info("ready: %s", classifier.bundle.identity)
-
-
-def _load(settings: Settings, metrics: Metrics, open_with: Opener) -> Classifier:
-    """On a thread that gives way to the event loop, as all threads do that engines start."""
-    host.give_way()
-    return load(settings, metrics, open_with)
 
 
 class _Serving:
