@@ -88,15 +88,20 @@ class Preprocessing:
 
 def make_views(image: Image.Image, preprocessing: Preprocessing, protocol: str) -> NDArray[np.uint8]:
     """The views of an RGB image under a protocol: uint8 (views, crop, crop, 3), in the protocol's order."""
-    pixels = np.asarray(resize(image, preprocessing.resize))  # (h, w, 3)
+    resized = resize(image, preprocessing.resize)
+    seen = {False: resized}
+    if any(view.mirrored for view in PROTOCOLS[protocol]):
+        seen[True] = mirror(resized)
+    pixels = {mirrored: np.asarray(picture) for mirrored, picture in seen.items()}  # (h, w, 3)
     if preprocessing.padding:
-        pixels = pad(pixels, preprocessing.padding, mean_colour(preprocessing.mean))
-    mirror = pixels[:, ::-1]
+        colour = mean_colour(preprocessing.mean)
+        pixels = {mirrored: pad(one, preprocessing.padding, colour) for mirrored, one in pixels.items()}
     crop = preprocessing.crop
     views = np.empty((len(PROTOCOLS[protocol]), crop, crop, 3), np.uint8)
     for out, view in zip(views, PROTOCOLS[protocol], strict=True):
-        top, left = corner(view.position, pixels.shape[0], pixels.shape[1], crop)
-        out[:] = (mirror if view.mirrored else pixels)[top : top + crop, left : left + crop]
+        height, width, _ = pixels[False].shape
+        top, left = corner(view.position, height, width, crop)
+        out[:] = pixels[view.mirrored][top : top + crop, left : left + crop]
     return views
 
 
@@ -105,14 +110,14 @@ def make_whole_views(image: Image.Image, preprocessing: Preprocessing, protocol:
 
     The longer side is rounded to a multiple of the quantum, from the shorter side to twice of it.
     """
-    resized: dict[int, NDArray[np.uint8]] = {}
+    resized: dict[int, Image.Image] = {}
     made: list[NDArray[np.uint8]] = []
     for view in DENSE_PROTOCOLS[protocol]:
         shorter = _shorter_side(view, preprocessing)
         if shorter not in resized:
-            resized[shorter] = np.asarray(_resize_whole(image, shorter, preprocessing.quantum))
-        pixels = resized[shorter]
-        made.append(np.ascontiguousarray(pixels[:, ::-1]) if view.mirrored else pixels)
+            resized[shorter] = _resize_whole(image, shorter, preprocessing.quantum)
+        picture = resized[shorter]
+        made.append(np.asarray(mirror(picture) if view.mirrored else picture))
     return made
 
 
@@ -178,6 +183,11 @@ def resize(image: Image.Image, shorter_side: int) -> Image.Image:
     else:
         size = (int(shorter_side * width / height), shorter_side)
     return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def mirror(image: Image.Image) -> Image.Image:
+    """Left and right exchanged: by Pillow, since NumPy takes 0.6 ms to turn 224 x 224 pixels of three bytes each."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def pad(pixels: NDArray[np.uint8], padding: int, colour: tuple[int, int, int]) -> NDArray[np.uint8]:
