@@ -107,16 +107,19 @@ class Progress:
 
 
 class Mean:
-    """Running means by key, of which the newest values count most."""
+    """Running means by key, of which the newest values count most.
 
-    def __init__(self, first: float) -> None:
+    - first: what is assumed before there is a value; without it 0, and the first value counts alone
+    """
+
+    def __init__(self, first: float | None = None) -> None:
         self._first = first
         self._values: dict[Hashable, float] = {}
 
     def __getitem__(self, key: Hashable) -> float:
-        return self._values.get(key, self._first)
+        return self._values.get(key, self._first or 0.0)
 
     def add(self, key: Hashable, value: float) -> None:
         """Move the mean of a key towards a value."""
-        known = self[key]
+        known = self._values.get(key, value if self._first is None else self._first)
         self._values[key] = known + _SMOOTHING * (value - known)

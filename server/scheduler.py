@@ -306,7 +306,7 @@ class Scheduler:
         return lambda: self._run(batch, engine, lone)
 
     def _decode(self, decoding: Decoding) -> None:
-        blocks, failure = None, None
+        began, blocks, failure = time.monotonic(), None, None
         try:
             blocks = decoding.work()
         except Exception as error:  # noqa: BLE001  # this thread goes on; who waits for the image is told
@@ -314,7 +314,8 @@ class Scheduler:
         with self._lock:
             self._decoding -= 1
             if blocks is not None:
-                self._decide.submit(time.monotonic(), decoding.job, blocks)
+                now = time.monotonic()
+                self._decide.decoded(now, decoding.job, blocks, now - began)
             if self._closing.is_set():
                 self._wake_all()
         if failure is not None:

@@ -73,7 +73,7 @@ def work(found: Dispatcher, now: float = 0.0) -> Job | Batch:
     """Do what comes next."""
     what = found.next(now)
     if isinstance(what, Decoding):
-        found.submit(now, what.job, what.work())
+        found.decoded(now, what.job, what.work(), 0.0)
         return what.job
     assert what is not None
     found.done(what, answers(what), now)
@@ -380,9 +380,9 @@ def test_admission_is_by_predicted_wait_and_says_when_to_come_back() -> None:
         found.admit(now, 1e6, PLAN, FULL, 1)
 
     assert found.predicted_wait() == 45
-    with pytest.raises(Overloaded, match=r"56\.2 s, above the limit of 50 s") as error:  # a quarter for caution
+    with pytest.raises(Overloaded, match=r"67\.5 s, above the limit of 50 s") as error:  # a half for caution
         found.admit(4.0, 1e6, PLAN, FULL, 1)
-    assert (error.value.retry_after, error.value.reason) == (7, "wait")
+    assert (error.value.retry_after, error.value.reason) == (18, "wait")
 
 
 def test_a_request_that_can_not_be_answered_in_its_time_is_refused_at_once() -> None:
@@ -391,7 +391,7 @@ def test_a_request_that_can_not_be_answered_in_its_time_is_refused_at_once() -> 
 
     with pytest.raises(Overloaded, match="the time that the request has left of 10 s") as error:
         found.admit(1.0, 11.0, PLAN, FULL, 1)
-    assert (error.value.retry_after, error.value.reason) == (28, "deadline")
+    assert (error.value.retry_after, error.value.reason) == (35, "deadline")
     assert len(found.admit(0.0, 9.0, PLAN, FULL, 1)) == 1  # nothing is ahead of it
 
 
@@ -409,6 +409,19 @@ def test_a_stop_rule_that_saves_work_lets_more_images_in() -> None:
 
     assert before == 0
     assert found.predicted_wait() == pytest.approx(12, rel=0.01)  # 10 cheap views and one of the other
+
+
+def test_predicted_wait_counts_decoding_as_soon_as_one_image_was_decoded() -> None:
+    found = dispatcher(max_wait=1000.0)
+    first = in_line(found, 1)
+    assert found.predicted_wait() == 30
+    decoding = found.next(0.0)
+    assert isinstance(decoding, Decoding)
+    found.decoded(0.0, first, decoding.work(), 7.0)
+    assert found.predicted_wait() == 30
+
+    in_line(found, 2)
+    assert found.predicted_wait() == 30 + 7 + 30
 
 
 def test_predicted_wait_follows_the_measured_pace() -> None:
@@ -490,7 +503,7 @@ class World:
 
     def decoded(self, decoding: Decoding) -> None:
         self.busy -= 1
-        self.found.submit(self.now, decoding.job, decoding.work())
+        self.found.decoded(self.now, decoding.job, decoding.work(), self.decode)
 
     def image(self, job: Job, plan: Plan, timeout: float) -> Image:
         kind = self.random.choices([SOUND, BAD, DEADLY], [200, 2, 0.2])[0] if self.failures else SOUND
