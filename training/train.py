@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -66,6 +66,12 @@ class Stopped(SystemExit):
     """SIGTERM came, and the run was saved; or it diverged, and the last checkpoint was kept."""
 
 
+def fast_precision() -> Precision:
+    """BF16 where this machine computes in it: a CPU that does not takes 11 times as long as in FP32 (ResNet-18)."""
+    supported = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001  # no other says
+    return "bf16" if supported else "fp32"
+
+
 @dataclass(frozen=True)
 class Options:
     """What depends on the machine and not on the recipe.
@@ -76,7 +82,7 @@ class Options:
     """
 
     workers: int = min(8, os.cpu_count() or 1)
-    precision: Precision = "bf16"
+    precision: Precision = field(default_factory=fast_precision)
     accumulate: int = 1
     compile: bool = False
 
@@ -444,7 +450,12 @@ def main() -> None:
         metavar="FIELD=VALUE",
         help="change fields of the recipe: --set epochs=2 batch_size=64",
     )
-    parser.add_argument("--precision", choices=get_args(Precision), default=DEFAULTS.precision)
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default=DEFAULTS.precision,
+        help=f"bf16 where this machine computes in it, otherwise fp32 (default here: {DEFAULTS.precision})",
+    )
     parser.add_argument(
         "--accumulate", type=_at_least(1), default=1, metavar="N", help="run each process's share of a batch in N parts"
     )

@@ -430,6 +430,18 @@ def test_two_processes_that_were_stopped_in_an_epoch_end_bit_identical_with_thei
     assert same(stopped, whole)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "computes", "precision"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_bf16_is_the_default_only_where_the_machine_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, computes: bool, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: computes)
+
+    assert train.fast_precision() == precision
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_paper_s_imagenet_recipe_finishes_two_epochs_on_a_small_tree(
     tmp_path: Path, root: Path, processes: int
