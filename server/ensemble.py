@@ -55,7 +55,7 @@ def uncertainty(mean: Average) -> tuple[float, float]:
 def top(probabilities: NDArray[np.float64], count: int) -> list[int]:
     """Indices of the `count` largest, largest first; of equals the lower first, so that answers are repeatable."""
     candidates = np.arange(len(probabilities))
-    if count < len(probabilities):  # sorting a thousand classes costs 10 times as much as finding the largest of them
+    if count < len(probabilities):  # no need to sort a thousand classes
         candidates = np.flatnonzero(probabilities >= np.partition(probabilities, -count)[-count])
     order = np.argsort(-probabilities[candidates], kind="stable")
     found: list[int] = candidates[order[:count]].tolist()

