@@ -48,7 +48,7 @@ def _give_up() -> None:
 
 
 def _spare_collections() -> None:
-    """What was loaded stays; a full garbage collection that looks at all of it stops every thread (94 ms, measured beside other work).
+    """What was loaded stays; a full garbage collection that looks at all of it stops every thread, once for 94 ms.
 
     What is left of the bundle before is looked at, though.
     """

@@ -32,7 +32,7 @@ from resnet_ensemble.server.stopping import StopRule
 # backlog of 3 s, for 4 to 8 s instead of 3.
 _WINDOW = 0.5
 # Waits vary around what is predicted. At three times the capacity and a limit of 1 s, those that were taken waited for
-# up to 0.97 s, but for up to 1.1 s in the first half second, when the pace is not known (CIFAR-10 center, 2 Zen 3 cores).
+# up to 0.97 s, but for up to 1.1 s in the first half second, when the pace is not known (CIFAR-10 center, Zen 3).
 _CAUTION = 1.5
 _NOTHING = np.zeros((0, 0, 0, 3), np.uint8)
 
