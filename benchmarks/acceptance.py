@@ -57,15 +57,21 @@ def of_fastest(closed: Closed, full: str, candidates: Sequence[str]) -> Check:
     return _at_least(claim, None if best is None else found[best], FASTEST)
 
 
-def of_sustained(sustained: OpenLoop | None, closed: Closed, center: str) -> Check:
-    """Poisson arrivals at 80 % of the capacity."""
-    claim = f"p99 at most {LOADED} times the median of lone requests at 80 % of the capacity, no error"
+def of_sustained(sustained: Sequence[OpenLoop], closed: Closed, center: str) -> list[Check]:
+    """80 % of the capacity, for long.
+
+    At random that much load makes some wait long in the best of queues, which is measured beside the server.
+    """
     alone = Cell(center, OURS, 1)
-    if sustained is None or alone not in closed:
-        return Check(claim, "not measured", None)
-    times = sustained.p99 / median(closed[alone]).p50
-    measured = f"{times:.1f} times, {100 * sustained.errors:.2f} % errors of {sustained.requests}"
-    return Check(claim, measured, times <= LOADED and sustained.errors == 0)
+    if alone not in closed:
+        return []
+    checks = []
+    for found in sustained:
+        limit = f"p99 at most {LOADED} times the median of lone requests at 80 % of the capacity, no error"
+        times = found.p99 / median(closed[alone]).p50
+        measured = f"{times:.1f} times, {100 * found.errors:.2f} % errors of {found.requests}"
+        checks.append(Check(f"{found.system}: {limit}", measured, times <= LOADED and found.errors == 0))
+    return checks
 
 
 def of_overload(found: Overload | None) -> list[Check]:

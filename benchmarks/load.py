@@ -3,8 +3,8 @@
 Closed loop: each of n clients sends its next request when the last is answered. It finds the throughput, and hides
 queues: a slow server is asked less.
 
-Open loop: requests arrive when a Poisson process says so, whatever the server does, and latency counts from that
-moment, so that a request that had to wait for anything, even for this process, is not flattered.
+Open loop: requests arrive when a Poisson process says so, or evenly, whatever the server does, and latency counts from
+that moment, so that a request that had to wait for anything, even for this process, is not flattered.
 
 The client is made for this: a request is bytes that were put together before, an answer is a status, two headers and
 a length. The report says how many requests a second it manages against an endpoint that does nothing.
@@ -51,6 +51,11 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
         arrivals.append(now)
         now += generator.expovariate(rate)
     return arrivals
+
+
+def evenly(rate: float, seconds: float) -> list[float]:
+    """When requests arrive, in seconds from the start: so many a second, each as long after the other."""
+    return [number / rate for number in range(1, int(rate * seconds) + 1)]
 
 
 def form(path: str, picture: bytes) -> bytes:
@@ -191,14 +196,13 @@ async def settle(clients: Clients, below: float) -> float:
 
 
 async def open_loop(
-    clients: Clients, rate: float, seconds: float, seed: int, patience: float, recovered_below: float | None
+    clients: Clients, arrivals: Sequence[float], seconds: float, patience: float, recovered_below: float | None
 ) -> dict[str, Any]:
-    """Requests that arrive at random for so long, and how late this process sent them.
+    """Requests that arrive at these moments, in so many seconds, and how late this process sent them.
 
     - patience: seconds after which a request is given up
     - recovered_below: if given, when the last has arrived the server is asked until it answers so quickly again
     """
-    arrivals = poisson(rate, seconds, seed)
     late: list[float] = []
     began = time.perf_counter()
     tasks: list[asyncio.Task[Answer]] = []
@@ -231,6 +235,7 @@ async def _do(
     concurrency: int = 0,
     rate: float = 0.0,
     seed: int = 0,
+    even: bool = False,
     patience: float = 60.0,
     settled_below: float | None = None,
     recovered_below: float | None = None,
@@ -242,7 +247,8 @@ async def _do(
             await settle(clients, settled_below)
         cpu = time.process_time()
         if rate:
-            measured = await open_loop(clients, rate, seconds, seed, patience, recovered_below)
+            arrivals = evenly(rate, seconds) if even else poisson(rate, seconds, seed)
+            measured = await open_loop(clients, arrivals, seconds, patience, recovered_below)
         else:
             measured = await closed_loop(clients, concurrency, seconds)
         return {**measured, "cpu_seconds": time.process_time() - cpu}

@@ -32,10 +32,15 @@ from benchmarks.contestants import (
     Workload,
 )
 from benchmarks.jobs import Processes, Worker
+from benchmarks.load import poisson
 from benchmarks.summary import (
     BARE,
+    EVEN,
+    OK,
     OURS,
+    PERFECT,
     PIPELINE,
+    RANDOM,
     Cell,
     OpenLoop,
     Overload,
@@ -45,7 +50,9 @@ from benchmarks.summary import (
     open_loop,
     overload,
     percentile,
+    queued,
 )
+from resnet_ensemble.export import host
 
 _PICTURES = 8  # drawn ones
 _COMPARED = 4  # pictures that all servers must answer alike
@@ -158,11 +165,17 @@ class Benchmark:
                 parts[i, share].append(self._open_http(servers[i], share, extent.open_seconds, seed=number))
         return [open_loop(servers[i].name, share, share * self._capacity, found) for (i, share), found in parts.items()]
 
-    def run_sustained(self) -> OpenLoop:
-        """Four fifths of our capacity, for long."""
-        seconds = self._extent.sustained_seconds
-        part = self._open_http(self._ours[ONE], _SUSTAINED, seconds, seed=0)
-        return open_loop(f"{OURS}, {seconds:g} s", _SUSTAINED, _SUSTAINED * self._capacity, [part])
+    def run_sustained(self) -> list[OpenLoop]:
+        """Four fifths of our capacity, for long: at even intervals, at random, and what a perfect queue would do."""
+        seconds, rate = self._extent.sustained_seconds, _SUSTAINED * self._capacity
+        cores = host.cores()
+        perfect = queued(poisson(rate, seconds, seed=0), cores / self._capacity, cores)
+        parts = {
+            EVEN: self._open_http(self._ours[ONE], _SUSTAINED, seconds, even=True),
+            RANDOM: self._open_http(self._ours[ONE], _SUSTAINED, seconds),
+            PERFECT: {"answers": {"seconds": perfect, "status": [OK] * len(perfect)}, "late": [0.0]},
+        }
+        return [open_loop(f"{name}, {seconds:g} s", _SUSTAINED, rate, [part]) for name, part in parts.items()]
 
     def run_overload(self) -> Overload:
         """Several times our capacity, against a server with a limit of the wait."""
@@ -306,7 +319,9 @@ class Benchmark:
             answer = self._ask(server, path, concurrency=clients, seconds=seconds)
             return closed_round(answer, server.cpu_seconds() - before, server.resident_bytes())
 
-    def _open_http(self, server: Server, share: float, seconds: float, seed: int) -> dict[str, Any]:
+    def _open_http(
+        self, server: Server, share: float, seconds: float, *, seed: int = 0, even: bool = False
+    ) -> dict[str, Any]:
         with _awake(server):
             alone = self.closed.get(Cell(CENTER, server.name, 1))
             return self._ask(
@@ -315,6 +330,7 @@ class Benchmark:
                 rate=share * self._capacity,
                 seconds=seconds,
                 seed=seed,
+                even=even,
                 patience=_PATIENCE,
                 settled_below=_CALM * (median(alone).p50 if alone else self._alone),
             )

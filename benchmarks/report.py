@@ -43,7 +43,7 @@ class Results:
     ceiling: Mapping[int, float]
     closed: Closed
     open: Sequence[OpenLoop]
-    sustained: OpenLoop | None
+    sustained: Sequence[OpenLoop]
     overload: Overload | None
     acceptance: Sequence[Check]
     notes: Sequence[str]
@@ -73,7 +73,7 @@ def markdown(results: Results, title: str, center: str) -> str:
         + ".",
         "## Open loop",
         _OPEN_LOOP,
-        open_table([*results.open, *([results.sustained] if results.sustained else [])]),
+        open_table([*results.open, *results.sustained]),
     ]
     if results.overload:
         parts += ["## Overload", _overload(results.overload)]
@@ -158,7 +158,7 @@ def as_json(results: Results) -> str:
         "acceptance": [asdict(check) for check in results.acceptance],
         "closed": [{**asdict(cell), "rounds": [asdict(r) for r in rounds]} for cell, rounds in results.closed.items()],
         "open": [asdict(one) for one in results.open],
-        "sustained": asdict(results.sustained) if results.sustained else None,
+        "sustained": [asdict(one) for one in results.sustained],
         "overload": asdict(results.overload) if results.overload else None,
     }
     return json.dumps(_finite(content), indent=1) + "\n"

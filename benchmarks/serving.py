@@ -80,7 +80,7 @@ def measure(bundle: Path, images: Path | None, peers: str, extent: Extent) -> Re
                 least=acceptance.EXACT_CIFAR10 if opened.manifest.name == _CIFAR10 else acceptance.EXACT,
             ),
             acceptance.of_fastest(benchmark.closed, FULL, [w.name for w in benchmark.workloads if w.name != CENTER]),
-            acceptance.of_sustained(sustained, benchmark.closed, CENTER),
+            *acceptance.of_sustained(sustained, benchmark.closed, CENTER),
             *acceptance.of_overload(overloaded),
         ]
         return Results(

@@ -4,6 +4,7 @@ A cell is a system under a workload with a number of clients; it is measured onc
 interleaved, and two cells are compared by the median of their ratios round by round, since machines drift.
 """
 
+import heapq
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 OURS, PIPELINE, BARE = "this server", "pipeline", "bare engines"
 OK = 200
+# Arrivals for long, and what they would wait in a queue that loses nothing.
+EVEN, RANDOM, PERFECT = f"{OURS}, at even intervals", f"{OURS}, at random", "a perfect queue, at random"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Round:
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Requests that arrived at random at a rate (1/s), which was a share of a capacity. Percentiles in s.
+    """Requests that arrived at a rate (1/s), which was a share of a capacity. Percentiles in s.
 
     - late: the 99th percentile of how late the load generator was itself
     """
@@ -111,6 +114,20 @@ def closed_round(answer: Mapping[str, Any], server_cpu: float, resident: float) 
         errors=1 - len(good) / max(1, len(answers["status"])),
         requests=len(answers["status"]),
     )
+
+
+def queued(arrivals: Sequence[float], service: float, servers: int) -> list[float]:
+    """Latencies in a queue where nothing is lost: first come, first served, each so many seconds on one of `servers`.
+
+    Arrivals ascend. It is what random arrivals cost by themselves: M/D/c of queueing theory.
+    """
+    free = [0.0] * servers
+    latencies = []
+    for arrival in arrivals:
+        done = max(arrival, free[0]) + service
+        heapq.heapreplace(free, done)
+        latencies.append(done - arrival)
+    return latencies
 
 
 def open_loop(system: str, share: float, rate: float, parts: Sequence[Mapping[str, Any]]) -> OpenLoop:

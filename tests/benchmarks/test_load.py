@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load import UNANSWERED, Clients, closed_loop, form, open_loop, poisson, settle
+from benchmarks.load import UNANSWERED, Clients, closed_loop, evenly, form, open_loop, poisson, settle
 
 REQUEST = form("/predict", b"a picture")
 
@@ -75,6 +75,14 @@ def test_arrivals_have_the_rate_and_the_variance_of_a_poisson_process() -> None:
     assert variance == pytest.approx(1 / 50**2, rel=0.06)
 
 
+def test_even_arrivals_have_the_rate_and_equal_gaps() -> None:
+    arrivals = evenly(40, 2.0)
+
+    assert len(arrivals) == 80
+    assert [b - a for a, b in pairwise(arrivals)] == pytest.approx([1 / 40] * 79)
+    assert arrivals[-1] == pytest.approx(2.0)
+
+
 def test_a_closed_loop_has_as_many_requests_under_way_as_clients() -> None:
     under_way, most = 0, 0
     lock = threading.Lock()
@@ -121,7 +129,7 @@ def test_an_open_loop_counts_the_wait_for_requests_that_came_before() -> None:
         reply(handler)
 
     with server(one_by_one) as port:
-        found = against(port, lambda clients: open_loop(clients, 200, 0.1, 3, 30, None))
+        found = against(port, lambda clients: open_loop(clients, poisson(200, 0.1, 3), 0.1, 30, None))
 
     seconds = found["answers"]["seconds"]
     assert len(seconds) == len(poisson(200, 0.1, 3)) > 10
@@ -133,7 +141,7 @@ def test_what_is_not_answered_in_time_or_at_all_is_counted() -> None:
         handler.close_connection = True
 
     with server(never) as port:
-        found = against(port, lambda clients: open_loop(clients, 100, 0.05, 0, 0.5, None))
+        found = against(port, lambda clients: open_loop(clients, poisson(100, 0.05, 0), 0.05, 0.5, None))
 
     assert set(found["answers"]["status"]) == {UNANSWERED}
 

@@ -2,12 +2,14 @@
 
 import json
 import math
+import statistics
 from typing import Any
 
 import pytest
 
 from benchmarks import acceptance, report
 from benchmarks.acceptance import Check
+from benchmarks.load import poisson
 from benchmarks.report import Results
 from benchmarks.summary import (
     OURS,
@@ -21,6 +23,7 @@ from benchmarks.summary import (
     open_loop,
     overload,
     percentile,
+    queued,
     ratio,
 )
 
@@ -115,7 +118,21 @@ def test_the_fastest_configuration_is_found() -> None:
 def test_sustained_load_needs_a_short_tail_and_no_error(p99: float, errors: float, holds: bool) -> None:
     sustained = OpenLoop(OURS, 0.8, 10, 600, 0.05, p99, errors, 0.0)
 
-    assert acceptance.of_sustained(sustained, {Cell(CENTER, OURS, 1): rounds(100)}, CENTER).holds is holds
+    (check,) = acceptance.of_sustained([sustained], {Cell(CENTER, OURS, 1): rounds(100)}, CENTER)
+
+    assert check.holds is holds
+
+
+def test_in_a_perfect_queue_requests_wait_for_those_before_them_only() -> None:
+    assert queued([0.0, 1.0, 1.5, 9.0], 2.0, servers=1) == [2.0, 3.0, 4.5, 2.0]
+    assert queued([0.0, 1.0, 1.5, 9.0], 2.0, servers=2) == [2.0, 2.0, 2.5, 2.0]
+
+
+def test_the_perfect_queue_is_that_of_theory() -> None:
+    """Pollaczek and Khinchine: with one server the mean wait is service times load / (2 (1 - load))."""
+    latencies = queued(poisson(0.8, 200_000, seed=0), 1.0, servers=1)
+
+    assert statistics.fmean(latencies) - 1 == pytest.approx(0.8 / (2 * 0.2), rel=0.05)
 
 
 def test_a_good_overload_holds_everything() -> None:
@@ -166,7 +183,7 @@ def results() -> Results:
         ceiling={8: 5000.0},
         closed=closed,
         open=opens,
-        sustained=None,
+        sustained=[],
         overload=overloaded((0.9, 200), (0.01, 503)),
         acceptance=checks,
         notes=["LitServe: not installed"],
