@@ -117,7 +117,7 @@ class Scheduler:
         )
         self._lock = threading.Lock()  # guards everything below and the decisions
         roles = _roles(streams, decoders, shared=shared)
-        self._work_waits = {role: threading.Condition(self._lock) for role in roles}
+        self._asleep: dict[_Role, list[threading.Condition]] = {role: [] for role in roles}  # workers with nothing to do
         self._run_ended = threading.Condition(self._lock)  # for who waits until an engine is not used any more
         self._running: Counter[int] = Counter()  # batches on each member's engine
         self._decoding = 0  # images
@@ -256,22 +256,27 @@ class Scheduler:
         self._give_up(waiting, EngineHung())
 
     def _wake(self) -> None:
-        """Wake a worker for what waits, if one sleeps. Called with the lock held, as the next."""
-        for role, waiting in self._work_waits.items():
-            if self._decide.can(decode=role.decodes, run=role.runs):
-                waiting.notify()
+        """Wake a worker for what waits, if one sleeps. Called with the lock held, as the next.
+
+        The one that fell asleep last: what it used is still in the caches of its core.
+        """
+        for role, asleep in self._asleep.items():
+            if asleep and self._decide.can(decode=role.decodes, run=role.runs):
+                asleep.pop().notify()
 
     def _wake_all(self) -> None:
-        for waiting in self._work_waits.values():
-            waiting.notify_all()
+        for asleep in self._asleep.values():
+            while asleep:
+                asleep.pop().notify()
 
     def _work(self, role: _Role) -> None:
         host.give_way()
-        while (work := self._next(role)) is not None:
+        woken = threading.Condition(self._lock)
+        while (work := self._next(role, woken)) is not None:
             work()
             del work  # an image, or views, that nobody needs while this thread waits
 
-    def _next(self, role: _Role) -> Callable[[], None] | None:
+    def _next(self, role: _Role, woken: threading.Condition) -> Callable[[], None] | None:
         """Wait for work. None if there is nothing to come: it is closing."""
         with self._lock:
             while (work := self._take(role)) is None:
@@ -279,7 +284,8 @@ class Scheduler:
                 if self._closing.is_set() and not self._more_may_come():
                     self._wake_all()
                     return None
-                self._work_waits[role].wait()
+                self._asleep[role].append(woken)
+                woken.wait()
             begun = self._begin_decoding(work) if isinstance(work, Decoding) else self._begin(work)
             self._wake()
             return begun
