@@ -226,6 +226,7 @@ async def info(request: Request) -> Info:
                 confidence=found.confidence,
                 images=found.images_certified,
                 disagreements=found.disagreements,
+                draft=found.draft_side,
                 **found.costs[CALIBRATED].model_dump(),
             )
             for protocol, found in classifier.strategies.calibrations.items()

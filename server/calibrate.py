@@ -12,6 +12,12 @@ IMAGES holds pictures, in one folder for each label or not, or CIFAR's official 
 are taken. They must be drawn like those to be served, and independently: frames of one film are not. Decide on
 --disagreement before: who tries several on the same images and keeps the best has less confidence than it says. With
 labels, one temperature for each stop rule is fitted too, and errors are reported.
+
+With --draft, `calibrated` decodes large JPEGs smaller, which is faster and changes views a bit (server/images.py). It
+is then followed on such drafts and compared with all views of the pictures decoded whole, so the guarantee is for both
+together; and for the pictures that are made smaller alone, too, so enough of IMAGES must be that large. If drafts can't
+be certified even where only proofs stop, `calibrated` decodes whole and stops at proofs only, since thresholds without
+drafts would be a second try on the same images.
 """
 
 import argparse
@@ -21,9 +27,10 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,27 +43,41 @@ from resnet_ensemble.export.bundle import Bundle, BundleError
 from resnet_ensemble.export.engines import BackendUnavailable, Engine
 from resnet_ensemble.export.gate import SUFFIXES
 from resnet_ensemble.server import calibration, images, temperature, thresholds
-from resnet_ensemble.server.calibration import Calibration, Cost, NotCalibrated, Temperature
+from resnet_ensemble.server.calibration import Calibration, Cost, Draft, NotCalibrated, Temperature
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.plan import Step
 from resnet_ensemble.server.settings import from_environment
-from resnet_ensemble.server.thresholds import Answers, Stops, TooFewImages
+from resnet_ensemble.server.thresholds import Answers, Certificate, Drafts, Stops, TooFewImages
 from resnet_ensemble.training import cifar
-from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes, make_blocks
+from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes, largest_side, make_blocks
 
 SEED = 0
+DRAFT = 2  # the least that a draft has of the shorter side of what views are cut from, so that resizing still averages
 _IMAGES_A_RUN = 8  # 80 views of ten crops
 _FEWEST = 3  # one of three searches
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What to calibrate on: `decode` gives one as RGB, `labels` int64 (images,) if all are known."""
+    """What to calibrate on.
+
+    - decode: gives one as RGB
+    - labels: int64 (images,), if all are known
+    - drafted: whether one can be decoded with so many pixels left on its shorter side; draft: that
+    """
 
     name: str
     count: int
     decode: Callable[[int], Image.Image]
     labels: NDArray[np.int64] | None
+    drafted: Callable[[int, int], bool] = lambda *_: False
+    draft: Callable[[int, int], Image.Image] | None = None
+
+    def drafts(self, chosen: NDArray[np.int64], shorter_side: int) -> "Pictures":
+        """Some, decoded smaller."""
+        assert self.draft
+        decode = self.draft
+        return Pictures(self.name, len(chosen), lambda i: decode(chosen[i], shorter_side), None)
 
 
 def find_pictures(folder: Path, labels: tuple[str, ...], max_pixels: int) -> Pictures:
@@ -66,19 +87,29 @@ def find_pictures(folder: Path, labels: tuple[str, ...], max_pixels: int) -> Pic
         numbers = {label: i for i, label in enumerate(labels)}
         known = np.array([numbers.get(file.parent.name, -1) for file in files])
 
-        def decode(index: int) -> Image.Image:
-            try:
-                return images.decode(files[index].read_bytes(), max_pixels=max_pixels)
-            except ApiError as error:
-                raise cifar.DataError(f"{files[index]}: {error}; remove it from the folder") from None
+        def decode(index: int, draft: int | None = None) -> Image.Image:
+            with _named(files[index]):
+                return images.decode(files[index].read_bytes(), max_pixels=max_pixels, draft=draft)
 
-        return Pictures(folder.name, len(files), decode, known if known.min() >= 0 else None)
+        def drafted(index: int, draft: int) -> bool:
+            with _named(files[index]):
+                return images.is_drafted(files[index].read_bytes(), draft)
+
+        return Pictures(folder.name, len(files), decode, known if known.min() >= 0 else None, drafted, decode)
     dataset = next((known for known in cifar.DATASETS.values() if known.labels == labels), None)
     if dataset is None:
         raise cifar.DataError(f"no pictures in {folder} ({', '.join(SUFFIXES)})")
     chosen = cifar.read(folder, "val", dataset)
     name = f"{dataset.title} val"
     return Pictures(name, len(chosen.images), lambda i: Image.fromarray(chosen.images[i]), chosen.labels)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except ApiError as error:
+        raise cifar.DataError(f"{file}: {error}; remove it from the folder") from None
 
 
 def steps(members: int, protocol: str) -> list[Step]:
@@ -142,6 +173,25 @@ def check_count(count: int, planned: int, disagreement: float, confidence: float
         )
 
 
+def draft_side(bundle: Bundle, protocol: str) -> int:
+    """Pixels of the shorter side that a draft must keep for every member's views."""
+    return DRAFT * max(largest_side(member.preprocessing, protocol) for member in bundle.manifest.members)
+
+
+def find_drafted(pictures: Pictures, shorter_side: int, disagreement: float, confidence: float) -> NDArray[np.bool_]:
+    """Which pictures can be decoded smaller, (images,). Raises TooFewImages if they can't show what is asked."""
+    drafted = np.array([pictures.drafted(index, shorter_side) for index in range(pictures.count)])
+    _, to_certify = thresholds.split(pictures.count, SEED)
+    count, needed = int(drafted[to_certify].sum()), thresholds.certifying_needed(disagreement, confidence)
+    if count < needed:
+        raise TooFewImages(
+            f"{count} of the {len(to_certify)} images that certify can be decoded smaller: JPEGs with even sides, the "
+            f"shorter one of {2 * shorter_side} pixels or more. It takes at least {needed} to certify drafts; add such "
+            "images, or calibrate without --draft"
+        )
+    return drafted
+
+
 def calibrate(
     bundle: Bundle,
     engines: Sequence[Engine],
@@ -150,35 +200,55 @@ def calibrate(
     *,
     disagreement: float,
     confidence: float,
+    draft: bool = False,
 ) -> Calibration:
-    """Run, search, certify. Raises TooFewImages before anything is run, and DataError."""
+    """Run, search, certify. Raises TooFewImages before anything is run, and DataError.
+
+    - draft: certify drafts too; what is returned has none if they can't be
+    """
     every = steps(len(engines), protocol)
     check_count(pictures.count, len(every), disagreement, confidence)
+    shorter_side = draft_side(bundle, protocol)
+    drafted = find_drafted(pictures, shorter_side, disagreement, confidence) if draft else None
     vectors, seconds = run(bundle, engines, pictures, protocol)
-    answers = Answers(
+    whole = Answers(
         vectors,
         np.array([step.member for step in every]),
         np.array([seconds[step.member][step.block] for step in every]),
     )
+    seen = whole
+    if drafted is not None:
+        (chosen,) = drafted.nonzero()
+        changed = vectors.copy()  # what no draft changes is not run again
+        changed[chosen], _ = run(bundle, engines, pictures.drafts(chosen, shorter_side), protocol)
+        labels = vectors.sum(axis=1, dtype=np.float64).argmax(axis=1)
+        seen = replace(whole, vectors=changed, drafts=Drafts(drafted, labels))
     to_search, to_certify = thresholds.split(pictures.count, SEED)
-    searching, certifying = answers.of(to_search), answers.of(to_certify)
-    found = thresholds.search(searching, disagreement)
-    walks = thresholds.walk(certifying, found.order, found.checkpoints)
+    found = thresholds.search(seen.of(to_search), disagreement)
+    walks = thresholds.walk(seen.of(to_certify), found.order, found.checkpoints)
     certificate = thresholds.certify(walks, found.thresholds, disagreement, confidence)
-    exact = _Way(thresholds.cheapest_first(answers.seconds), found.checkpoints, found.thresholds[0])
-    calibrated = _Way(found.order, found.checkpoints, found.thresholds[certificate.chosen])
-    if not certificate.chosen:  # only proofs stop an image, and for them that order has no advantage
-        calibrated = exact
-    stops = {"exact": exact.stops(certifying), "calibrated": calibrated.stops(certifying)}
+    exact = _Way(whole, thresholds.cheapest_first(whole.seconds), found.checkpoints, found.thresholds[0])
+    if certificate is None:  # proofs on whole pictures need none
+        certificate, calibrated = Certificate(0, len(to_certify), 0), exact
+    elif not certificate.chosen:  # only proofs stop an image, and for them the order that was found has no advantage
+        calibrated = replace(exact, answers=seen)
+    else:
+        calibrated = _Way(seen, found.order, found.checkpoints, found.thresholds[certificate.chosen])
+    drafts = None
+    if calibrated.answers.drafts:
+        drafts = Draft(
+            shorter_side=shorter_side, images=certificate.drafted, disagreements=certificate.drafted_disagreements
+        )
+    stops = {"exact": exact.stops(to_certify), "calibrated": calibrated.stops(to_certify)}
     errors, temperatures = None, None
     if pictures.labels is not None:
         truth = pictures.labels[to_certify]
-        labels = {"full": walks.proven_labels, "calibrated": stops["calibrated"].labels}
-        errors = {name: 100 * float((given != truth).mean()) for name, given in labels.items()}
+        given = {"full": walks.expected, "calibrated": stops["calibrated"].labels}
+        errors = {name: 100 * float((labels != truth).mean()) for name, labels in given.items()}
         means = {
-            "full": vectors.mean(axis=1, dtype=np.float64),
-            "exact": exact.means(answers),
-            "calibrated": calibrated.means(answers),
+            "full": whole.vectors.mean(axis=1, dtype=np.float64),
+            "exact": exact.means(),
+            "calibrated": calibrated.means(),
         }
         temperatures = {name: _temperature(mean, pictures.labels) for name, mean in means.items()}
     return Calibration(
@@ -190,7 +260,7 @@ def calibrate(
         disagreement=disagreement,
         confidence=confidence,
         images=pictures.name,
-        images_searched=len(searching.vectors),
+        images_searched=len(to_search),
         images_certified=certificate.images,
         disagreements=certificate.disagreements,
         planned=len(every),
@@ -201,22 +271,28 @@ def calibrate(
         },
         errors=errors,
         temperatures=temperatures,
+        draft=drafts,
     )
 
 
 @dataclass(frozen=True)
 class _Way:
-    """A plan with thresholds."""
+    """A plan with thresholds, and what it is followed on."""
 
+    answers: Answers
     order: NDArray[np.int64]
     checkpoints: tuple[int, ...]
     thresholds: NDArray[np.float64]
 
-    def stops(self, answers: Answers) -> Stops:
-        return thresholds.follow(thresholds.walk(answers, self.order, self.checkpoints), self.thresholds)
+    def stops(self, images: NDArray[np.int64]) -> Stops:
+        return thresholds.follow(
+            thresholds.walk(self.answers.of(images), self.order, self.checkpoints), self.thresholds
+        )
 
-    def means(self, answers: Answers) -> NDArray[np.float64]:
-        return thresholds.means(answers, self.order, self.stops(answers).views)
+    def means(self) -> NDArray[np.float64]:
+        """Of all images."""
+        views = self.stops(np.arange(len(self.answers.vectors))).views
+        return thresholds.means(self.answers, self.order, views)
 
 
 def _temperature(means: NDArray[np.float64], labels: NDArray[np.int64]) -> Temperature:
@@ -257,7 +333,14 @@ def report(found: Calibration) -> str:
         pairs = zip(found.rule.checkpoints, found.rule.thresholds, strict=True)
         lines.append("Stops after " + ", ".join(f"{views} from a lead of {value:.4f}" for views, value in pairs) + ".")
     else:
-        lines.append("Nothing bolder than `exact` could be certified: `calibrated` is `exact` in another order.")
+        where = " on drafts" if found.draft else ""
+        lines.append(f"Nothing bolder than `exact` could be certified: `calibrated` is `exact`{where}.")
+    if found.draft:
+        lines.append(
+            f"JPEGs are decoded smaller, to no less than {found.draft.shorter_side} pixels on the shorter side. Of the "
+            f"images that certify {found.draft.images} were, and {found.draft.disagreements} of these got another "
+            "label: the guarantee is for such images alone, too."
+        )
     if found.errors is not None:
         lines.append(
             f"Top-1 error on the images that certify: full {found.errors['full']:.2f} %, "
@@ -289,6 +372,7 @@ def main() -> None:
     )
     parser.add_argument("--confidence", type=_share, default=0.95, help="that it is no more (default: 0.95)")
     parser.add_argument("--protocol", choices=ALL_PROTOCOLS, help="(default: the bundle's)")
+    parser.add_argument("--draft", action="store_true", help="large JPEGs may be decoded smaller; certify that, too")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     try:
@@ -306,6 +390,7 @@ def main() -> None:
             protocol,
             disagreement=arguments.disagreement,
             confidence=arguments.confidence,
+            draft=arguments.draft,
         )
         for engine in engines:
             engine.close()
@@ -313,6 +398,11 @@ def main() -> None:
     except (BundleError, BackendUnavailable, NotCalibrated, TooFewImages, cifar.DataError, ValueError) as problem:
         sys.exit(f"calibrate: {problem}")
     print(report(found))
+    if arguments.draft and not found.draft:
+        print(
+            "Drafts could not be certified, whatever the thresholds: `calibrated` decodes everything whole. To have "
+            "thresholds, calibrate without --draft, on other images: on these it would be a second try."
+        )
     print(f"Written to {bundle.path / calibration.FILE}.")
 
 

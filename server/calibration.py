@@ -68,6 +68,17 @@ class Cost(_Part):
     cost: Share
 
 
+class Draft(_Part):
+    """JPEGs are decoded smaller, as server/images.py can, down to a shorter side of so many pixels.
+
+    - images: of those that certify, how many were; disagreements: on how many of these the label was another
+    """
+
+    shorter_side: int = Field(gt=0)
+    images: int = Field(gt=0)
+    disagreements: Count
+
+
 class Calibration(_Part):
     """Plan and thresholds for one protocol.
 
@@ -75,8 +86,10 @@ class Calibration(_Part):
     - plan: (member, block, view) of every view, in order
     - checkpoints, thresholds: as in stopping.Calibrated; None: never stop there
     - disagreement, confidence: the guarantee of server/thresholds.py
+    - draft: what it covers beside the thresholds; None: everything is decoded whole
     - images_searched, images_certified: how many images each part had
-    - disagreements: on how many of those that certify the label was another than that of all views
+    - disagreements: on how many of those that certify the label was another than that of all views of
+      the picture decoded whole
     - planned: views of all members
     - seconds: of one view, by member and block, as measured
     - costs: of `calibrated`, and of `exact`, whose plan is the cheapest first
@@ -100,6 +113,7 @@ class Calibration(_Part):
     costs: dict[str, Cost]
     errors: dict[str, float] | None
     temperatures: dict[str, Temperature] | None
+    draft: Draft | None = None  # files that were written before there were drafts have none
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -119,6 +133,11 @@ class Calibration(_Part):
         pairs = zip(self.checkpoints, self.thresholds, strict=True)
         kept = [(checkpoint, threshold) for checkpoint, threshold in pairs if threshold is not None]
         return Calibrated(tuple(checkpoint for checkpoint, _ in kept), tuple(threshold for _, threshold in kept))
+
+    @property
+    def draft_side(self) -> int | None:
+        """`draft` of images.decode, for this rule only."""
+        return self.draft.shorter_side if self.draft else None
 
     def temperature(self, rule: str) -> float | None:
         """That of a stop rule, if it made the calibration error smaller on images that it was not fitted on."""

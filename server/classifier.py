@@ -44,23 +44,26 @@ def open_engine(bundle: Bundle, member: Member, settings: Settings, threads: int
 
 
 @dataclass
-class _Times:
-    """Seconds that an image took before the engines."""
+class _Prepared:
+    """What an image took before the engines, in seconds, and whether it was decoded smaller."""
 
     decode: float = 0.0
     views: float = 0.0
+    drafted: bool = False
 
 
 @dataclass(frozen=True)
 class Evaluated:
     """One image, evaluated: what the engines gave, and its mean.
 
+    - drafted: whether the views are of the picture decoded smaller
     - seconds: by stage
     """
 
     strategy: Strategy
     tally: Tally
     mean: ensemble.Average
+    drafted: bool
     seconds: dict[str, float]
 
     @cached_property
@@ -69,7 +72,12 @@ class Evaluated:
         return int(self.tally.views.sum())
 
     def certain(self, top: int = 1) -> bool:
-        """Whether the set of the `top` most probable classes is proven to be the one of all planned views."""
+        """Whether the set of the `top` most probable classes is proven to be the one of all planned views.
+
+        Nothing is proven about the views of the whole picture where those of a draft were run.
+        """
+        if self.drafted:
+            return False
         planned = self.strategy.plan.views
         if self.used == planned:
             return True
@@ -196,8 +204,8 @@ class Classifier:
         finish: Callable[["Evaluated"], _T],
     ) -> _T | ApiError:
         began = time.monotonic()
-        times = _Times()
-        self.scheduler.decode(job, lambda: self._blocks(content, job.plan.protocol, times))
+        prepared = _Prepared()
+        self.scheduler.decode(job, lambda: self._blocks(content, strategy, prepared))
         try:
             async with asyncio.timeout(deadline - began):
                 tally = await asyncio.wrap_future(job.future)
@@ -212,36 +220,37 @@ class Classifier:
             return ApiError("engine_failure", "a model failed on this image, even when it was run alone")
         finally:
             self.scheduler.release(job)
-        return finish(self._evaluated(strategy, tally, times, began))
+        return finish(self._evaluated(strategy, tally, prepared, began))
 
-    def _blocks(self, content: Content, protocol: str, times: _Times) -> Blocks:
+    def _blocks(self, content: Content, strategy: Strategy, prepared: _Prepared) -> Blocks:
         """Decode an image and make its views for each member. Raises ApiError."""
         began = time.monotonic()
         if isinstance(content, bytes):
-            image = images.decode(content, max_pixels=self._max_pixels)
+            image = images.decode(content, max_pixels=self._max_pixels, draft=strategy.draft)
+            prepared.drafted = strategy.draft is not None and images.is_drafted(content, strategy.draft)
         else:
             image = images.from_pixels(content, max_pixels=self._max_pixels)
         decoded = time.monotonic()
         made: dict[Preprocessing, list[NDArray[np.uint8]]] = {}
         for member in self._manifest.members:
             if member.preprocessing not in made:
-                made[member.preprocessing] = make_blocks(image, member.preprocessing, protocol)
-        times.decode, times.views = decoded - began, time.monotonic() - decoded
+                made[member.preprocessing] = make_blocks(image, member.preprocessing, strategy.plan.protocol)
+        prepared.decode, prepared.views = decoded - began, time.monotonic() - decoded
         return [made[member.preprocessing] for member in self._manifest.members]
 
-    def _evaluated(self, strategy: Strategy, tally: Tally, times: _Times, began: float) -> "Evaluated":
+    def _evaluated(self, strategy: Strategy, tally: Tally, prepared: _Prepared, began: float) -> "Evaluated":
         averaging = time.monotonic()
         mean = ensemble.average(tally.sums, tally.views)
         now = time.monotonic()
         seconds = {
-            "decode": times.decode,
-            "views": times.views,
+            "decode": prepared.decode,
+            "views": prepared.views,
             "queue": tally.queue_seconds,
             "inference": tally.inference_seconds,
             "average": now - averaging,
             "total": now - began,
         }
-        result = Evaluated(strategy, tally, mean, seconds)
+        result = Evaluated(strategy, tally, mean, prepared.drafted, seconds)
         plan = strategy.plan
         self._metrics.answered(plan.protocol, strategy.rule.name, result.used, plan.views, seconds)
         return result

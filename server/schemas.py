@@ -93,7 +93,13 @@ class Prediction(BaseModel):
     stop_rule: StopRuleName
     views_used: int
     views_planned: int
-    certain: Annotated[bool, Field(description="The label is proven to be the one of all planned views")]
+    certain: Annotated[
+        bool,
+        Field(
+            description="The label is proven to be the one of all planned views. false where the picture was decoded "
+            "smaller (`calibrated` with drafts, see /info): nothing is proven then about the views of the whole one"
+        ),
+    ]
     certain_top5: Annotated[bool, Field(description="So is the set of the five most probable classes")]
     entropy: Annotated[float, Field(description="Of the probabilities, in nats: how unsure the ensemble is")]
     mutual_information: Annotated[
@@ -140,6 +146,13 @@ class CalibrationDescription(BaseModel):
     disagreements: Annotated[int, Field(description="Of these images, how many got another label than `full`'s")]
     views: float
     cost: Annotated[float, Field(description="Seconds of the views that were run by those of all")]
+    draft: Annotated[
+        int | None,
+        Field(
+            description="JPEGs are decoded smaller, as long as their shorter side keeps so many pixels; what is "
+            "promised covers that. null: everything is decoded whole"
+        ),
+    ]
 
 
 class Info(BaseModel):

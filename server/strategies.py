@@ -15,11 +15,15 @@ from resnet_ensemble.training.views import ALL_PROTOCOLS, block_pixels, block_si
 
 @dataclass(frozen=True)
 class Strategy:
-    """The plan that is run, the rule that ends it, and the temperature of its probabilities if one is known to help."""
+    """The plan that is run, the rule that ends it, and the temperature of its probabilities if one is known to help.
+
+    - draft: as in images.decode; only where a certificate covers it
+    """
 
     plan: Plan
     rule: StopRule
     temperature: float | None
+    draft: int | None = None
 
 
 class Strategies:
@@ -48,7 +52,10 @@ class Strategies:
                 self._all[protocol, name] = Strategy(plan, rule, found.temperature(name) if found else None)
             if found:
                 self._all[protocol, CALIBRATED] = Strategy(
-                    found.ordered_plan(seconds), found.rule, found.temperature(CALIBRATED)
+                    found.ordered_plan(seconds),
+                    found.rule,
+                    found.temperature(CALIBRATED),
+                    found.draft_side,
                 )
 
     @property

@@ -23,6 +23,15 @@ correction, which pays for every candidate: the rows are nested, so they are saf
 So: with probability `confidence` over the images drawn for the test, the rule that is returned gives another label than
 the whole ensemble for at most the share `disagreement` of images that are drawn independently from the same source, run
 on the same engines. It says nothing about single images, about images of another source, or about the true label.
+
+Drafts. If some images are decoded smaller (server/images.py), the rule sees views of these, and what it answers is
+compared with the label that all views of the image decoded whole have: one certificate covers thresholds and drafts.
+A proof is then one about the draft, so the first row can disagree, too, and is tested before the others; if it fails,
+nothing on drafts is certified. A row passes only if its hypothesis is rejected for all images and also for those alone
+that were made smaller, each at level 1 - confidence. Wherever a row should not pass, one of these two hypotheses is
+true, and rejecting that one is as improbable as before, so nothing has to be corrected (an intersection-union test:
+Berger, 1982). Without the second, small pictures, which no draft changes, would vouch for drafts. So the promise holds
+for the images of the source and for those among them that are made smaller; not for a source with larger ones.
 """
 
 import math
@@ -51,21 +60,32 @@ class TooFewImages(Exception):
 
 
 @dataclass(frozen=True)
+class Drafts:
+    """Which images were decoded smaller, (images,), and the labels that all views have when everything is whole."""
+
+    drafted: NDArray[np.bool_]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Answers:
     """What every view of a plan gave for some images.
 
     - vectors: float32 (images, steps, classes), softmax vectors in any fixed order of the plan's views
     - members: int64 (steps,), which member each is of
     - seconds: float64 (steps,), the cost of one
+    - drafts: if the views are of drafts
     """
 
     vectors: NDArray[np.float32]
     members: NDArray[np.int64]
     seconds: NDArray[np.float64]
+    drafts: Drafts | None = None
 
     def of(self, images: NDArray[np.int64]) -> "Answers":
         """Of some of the images."""
-        return Answers(self.vectors[images], self.members, self.seconds)
+        drafts = self.drafts and Drafts(self.drafts.drafted[images], self.drafts.labels[images])
+        return Answers(self.vectors[images], self.members, self.seconds, drafts)
 
 
 @dataclass(frozen=True)
@@ -76,6 +96,7 @@ class Walks:
     - leads: (images, checkpoints); labels: of the sums there
     - proven: (images,), after how many views the winner is proven; proven_labels: that winner
     - seconds: (planned + 1,), of so many views
+    - drafts: if the views are of drafts, and so the proofs
     """
 
     checkpoints: tuple[int, ...]
@@ -84,10 +105,19 @@ class Walks:
     proven: NDArray[np.int64]
     proven_labels: NDArray[np.int64]
     seconds: NDArray[np.float64]
+    drafts: Drafts | None = None
+
+    @property
+    def expected(self) -> NDArray[np.int64]:
+        """The labels that answers are compared with, (images,): of all views, of the image decoded whole."""
+        return self.drafts.labels if self.drafts else self.proven_labels
 
     @property
     def disagreements(self) -> NDArray[np.bool_]:
-        """Whether an answer at a checkpoint is not the whole ensemble's: (images, checkpoints)."""
+        """Whether an answer at a checkpoint is not the one of all views: (images, checkpoints).
+
+        Of the same views, also where they are of drafts: what drafts change, no threshold can.
+        """
         different: NDArray[np.bool_] = self.labels != self.proven_labels[:, None]
         return different
 
@@ -121,11 +151,14 @@ class Certificate:
 
     - chosen: which candidate
     - images: how many; disagreements: on how many of them the label was another
+    - drafted, drafted_disagreements: the same of those that were decoded smaller
     """
 
     chosen: int
     images: int
     disagreements: int
+    drafted: int = 0
+    drafted_disagreements: int = 0
 
 
 def default_checkpoints(planned: int) -> tuple[int, ...]:
@@ -161,6 +194,7 @@ def walk(answers: Answers, order: NDArray[np.int64], checkpoints: Sequence[int])
         proven,
         sums.sum(axis=1).argmax(axis=1),
         np.concatenate([[0.0], np.cumsum(answers.seconds[order])]),
+        answers.drafts,
     )
 
 
@@ -297,24 +331,31 @@ def _cost(walks: Walks, thresholds: NDArray[np.float64], disagreement: float) ->
     cost = math.inf
     for row in thresholds:
         stops = follow(walks, row)
-        if (stops.labels != walks.proven_labels).mean() > disagreement:
+        if (stops.labels != walks.expected).mean() > disagreement:
             break
         cost = float(stops.seconds.mean())
     return cost
 
 
-def certify(walks: Walks, thresholds: NDArray[np.float64], disagreement: float, confidence: float) -> Certificate:
+def certify(
+    walks: Walks, thresholds: NDArray[np.float64], disagreement: float, confidence: float
+) -> Certificate | None:
     """The last of the thresholds, tested in their order, of which the guarantee holds; see the module's docstring.
 
-    The first row is not tested: it stops at proofs only and can't disagree.
+    Without drafts the first row is not tested: it stops at proofs only and can't disagree. With them, None is answered
+    where not even that row passes.
     """
     images = len(walks.proven)
-    chosen = Certificate(0, images, 0)
-    for row in range(1, len(thresholds)):
-        wrong = int((follow(walks, thresholds[row]).labels != walks.proven_labels).sum())
-        if binomial_tail(wrong, images, disagreement) > 1 - confidence:
+    every = np.ones(images, np.bool_)
+    drafted = walks.drafts.drafted if walks.drafts else ~every
+    tested = (every, drafted) if walks.drafts else (every,)
+    chosen = None if walks.drafts else Certificate(0, images, 0)
+    for row in range(0 if walks.drafts else 1, len(thresholds)):
+        wrong = follow(walks, thresholds[row]).labels != walks.expected
+        tails = [binomial_tail(int(wrong[some].sum()), int(some.sum()), disagreement) for some in tested]
+        if max(tails) > 1 - confidence:
             break
-        chosen = Certificate(row, images, wrong)
+        chosen = Certificate(row, images, int(wrong.sum()), int(drafted.sum()), int(wrong[drafted].sum()))
     return chosen
 
 
@@ -325,9 +366,14 @@ def split(images: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return order[:searching], order[searching:]
 
 
+def certifying_needed(disagreement: float, confidence: float) -> int:
+    """Of so many images that certify, no disagreement shows what is asked: (1 - disagreement)^m <= 1 - confidence."""
+    return math.ceil(math.log(1 - confidence) / math.log1p(-disagreement))
+
+
 def images_needed(disagreement: float, confidence: float) -> int:
-    """With so many images, split as above, no disagreement shows what is asked: (1 - disagreement)^m <= 1 - c."""
-    certifying = math.ceil(math.log(1 - confidence) / math.log1p(-disagreement))
+    """With so many images, split as above, no disagreement shows what is asked."""
+    certifying = certifying_needed(disagreement, confidence)
     images = math.ceil(certifying / (1 - SEARCH_SHARE)) - 1
     while certifying_images(images) < certifying:
         images += 1

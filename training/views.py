@@ -137,6 +137,13 @@ def block_pixels(preprocessing: Preprocessing, protocol: str) -> tuple[int, ...]
     return tuple(side**2 for side in dict.fromkeys(sides))
 
 
+def largest_side(preprocessing: Preprocessing, protocol: str) -> int:
+    """Pixels of the shorter side of the largest picture that a protocol's views are cut from."""
+    if protocol in PROTOCOLS:
+        return preprocessing.resize
+    return max(_shorter_side(view, preprocessing) for view in DENSE_PROTOCOLS[protocol])
+
+
 def can_be_view(height: int, width: int, preprocessing: Preprocessing) -> bool:
     """Whether some protocol makes views of this size, from some image."""
     if height == width == preprocessing.crop:

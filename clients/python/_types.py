@@ -43,7 +43,8 @@ class Prediction:
     - views_used, views_planned: views evaluated, and views that the protocol has, over all members
     - bundle: name, version and hash of the models that answered
     - stop_rule: which rule ended the evaluation
-    - certain: whether the label is provably that of all planned views; certain_top5: whether the five first ones are
+    - certain: whether the label is provably that of all planned views; certain_top5: whether the five first ones are.
+      Never where "calibrated" decoded the picture smaller
     - entropy: of the averaged probabilities, in nats; mutual_information: how much the members disagree, in nats
     - abstained: whether the probability is below the `abstain_below` of the request
     - confidence: the probability at the temperature that was found for the bundle and the rule, if there is one
@@ -104,6 +105,7 @@ class Guarantee:
     - disagreement, confidence: with this confidence, at most this share of labels is another than that of "full"
     - images, disagreements: how many certified it, and on how many of them the label was another
     - views, cost: an image, on average; cost is engine time by that of all views
+    - draft: JPEGs are decoded smaller, as long as their shorter side keeps so many pixels; None: they are not
     """
 
     disagreement: float
@@ -112,11 +114,12 @@ class Guarantee:
     disagreements: int
     views: float
     cost: float
+    draft: int | None = None
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Self:
         """From the server's JSON."""
-        return cls(**{name: answer[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: answer[name] for name in cls.__dataclass_fields__ if name in answer})
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,13 @@ def test_what_a_newer_server_tells_is_typed_and_what_an_older_one_lacks_is_none(
     assert {name: getattr(new, name) for name in told} == told
 
 
+def test_a_guarantee_of_a_server_that_knows_no_drafts_has_none() -> None:
+    told = {"disagreement": 0.01, "confidence": 0.95, "images": 300, "disagreements": 0, "views": 2.0, "cost": 0.4}
+
+    assert sdk.Guarantee.parse(told).draft is None
+    assert sdk.Guarantee.parse(told | {"draft": 64}).draft == 64
+
+
 def test_info_tells_what_is_served(connected: Either) -> None:
     info = connected.info()
 

@@ -3,20 +3,23 @@
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resnet_ensemble.export import engine_store
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import calibrate, calibration, thresholds
 from resnet_ensemble.server.calibrate import Pictures
+from resnet_ensemble.server.calibration import Draft
 from resnet_ensemble.server.thresholds import TooFewImages
 from resnet_ensemble.training import cifar
-from resnet_ensemble.training.views import make_blocks
+from resnet_ensemble.training.views import Preprocessing, make_blocks
 
 
 class Sharp(FakeEngine):
@@ -117,6 +120,96 @@ def test_with_labels_each_rule_has_a_temperature(bundle: Bundle) -> None:
         assert fit.error_after < fit.error_before
 
 
+def with_drafts(shown: Pictures, drafted: Callable[[int], bool], changed: Callable[[int], bool]) -> Pictures:
+    """Some can be decoded smaller, and some are then seen as their negatives."""
+
+    def draft(index: int, shorter_side: int) -> Image.Image:
+        assert drafted(index)
+        assert shorter_side == 64
+        return ImageOps.invert(shown.decode(index)) if changed(index) else shown.decode(index)
+
+    return replace(shown, drafted=lambda index, _: drafted(index), draft=draft)
+
+
+def test_what_drafts_change_is_counted_and_the_reference_is_of_whole_pictures(bundle: Bundle) -> None:
+    engines, whole = [Sharp(10), FakeEngine(10)], pictures(900)
+    shown = with_drafts(whole, lambda i: i % 3 > 0, lambda i: i % 100 == 50)
+
+    found = calibrate.calibrate(bundle, engines, shown, "flip", disagreement=0.05, confidence=0.9, draft=True)
+
+    assert shown.draft is not None
+    _, certifying = thresholds.split(900, calibrate.SEED)
+    vectors = calibrate.run(bundle, engines, whole, "flip")[0].astype(np.float64)
+    drafted = [i for i in certifying if shown.drafted(i, 64)]
+    wrong = []
+    for image in certifying:
+        seen = shown.draft(image, 64) if shown.drafted(image, 64) else shown.decode(image)
+        views = [make_blocks(seen, member.preprocessing, "flip")[0] for member in bundle.manifest.members]
+        answers = [engine.run(block).astype(np.float64) for engine, block in zip(engines, views, strict=True)]
+        sums, done = np.zeros((2, 10)), np.zeros(2, np.int64)
+        while step := found.rule.needed(sums, done, found.planned):
+            for member, _, view in found.plan[done.sum() : done.sum() + step]:
+                sums[member] += answers[member][view]
+                done[member] += 1
+        if sums.sum(axis=0).argmax() != vectors[image].sum(axis=0).argmax():
+            wrong.append(image)
+    assert {i for i in drafted if i % 100 == 50} & set(wrong)
+    assert found.disagreements == len(wrong)
+    assert found.draft == Draft(shorter_side=64, images=len(drafted), disagreements=len(set(wrong) & set(drafted)))
+    assert f"{len(drafted)} were, and {found.draft.disagreements} of these" in calibrate.report(found)
+
+
+def test_only_what_a_draft_changes_is_run_twice(bundle: Bundle) -> None:
+    engines = [Sharp(10), FakeEngine(10)]
+    shown = with_drafts(pictures(400), lambda i: i % 2 == 0, lambda _: False)
+
+    found = calibrate.calibrate(bundle, engines, shown, "flip", disagreement=0.03, confidence=0.9, draft=True)
+
+    assert [sum(engine.batches) for engine in engines] == [2 * (400 + 200)] * 2
+    assert found.draft is not None
+    assert found.draft.images + found.images_searched < 400
+
+
+def test_drafts_that_change_too_much_are_left_alone(bundle: Bundle) -> None:
+    shown = with_drafts(pictures(400), lambda _: True, lambda i: i % 5 == 0)
+
+    found = calibrate.calibrate(
+        bundle, [Sharp(10), FakeEngine(10)], shown, "flip", disagreement=0.03, confidence=0.9, draft=True
+    )
+
+    assert found.draft is None
+    assert found.draft_side is None
+    assert (found.disagreements, found.rule.checkpoints) == (0, ())
+    assert found.costs["calibrated"] == found.costs["exact"]
+    assert found.errors is not None
+    assert found.errors["calibrated"] == found.errors["full"]
+
+
+def test_too_few_large_jpegs_are_refused_before_anything_is_run(bundle: Bundle) -> None:
+    engine = FakeEngine(10)
+    shown = with_drafts(pictures(300), lambda i: i < 30, lambda _: False)
+    _, certifying = thresholds.split(300, calibrate.SEED)
+    count = int((certifying < 30).sum())
+
+    with pytest.raises(TooFewImages, match=rf"^{count} of the 200 images .*of 128 pixels or more.* at least 114 to"):
+        calibrate.calibrate(bundle, [engine] * 2, shown, "flip", disagreement=0.02, confidence=0.9, draft=True)
+    with pytest.raises(TooFewImages, match=r"^0 of the 200 images"):
+        calibrate.calibrate(bundle, [engine] * 2, pictures(300), "flip", disagreement=0.02, confidence=0.9, draft=True)
+    assert engine.batches == []
+
+
+def test_a_draft_has_twice_the_pixels_of_what_the_largest_member_s_views_are_cut_from(bundle: Bundle) -> None:
+    first, second = bundle.manifest.members
+    larger = Preprocessing(resize=256, crop=224, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    manifest = bundle.manifest.model_copy(
+        update={"members": (first.model_copy(update={"preprocessing": larger}), second)}
+    )
+
+    assert calibrate.draft_side(bundle, "10crop") == 64
+    assert calibrate.draft_side(Bundle(bundle.path, manifest), "10crop") == 512
+    assert calibrate.draft_side(Bundle(bundle.path, manifest), "multiscale") == 1280
+
+
 def test_without_labels_there_are_thresholds_but_neither_errors_nor_temperatures(bundle: Bundle) -> None:
     found = calibrate.calibrate(
         bundle, [Sharp(10), Sharp(10)], pictures(300, labelled=False), "flip", disagreement=0.02, confidence=0.9
@@ -166,6 +259,20 @@ def test_pictures_are_found_in_any_folder_and_labelled_where_every_folder_is_a_l
     assert found.decode(0).size == (40, 30)
     Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
     assert read().labels is None
+
+
+def test_a_folder_s_large_jpegs_can_be_drafted(tmp_path: Path, shipped: Bundle) -> None:
+    for name, size in (("a.jpg", (160, 128)), ("b.jpg", (126, 160)), ("c.png", (160, 128))):
+        Image.new("RGB", size).save(tmp_path / name)
+    (tmp_path / "d.jpg").write_bytes(b"\xff\xd8 no picture")
+
+    found = calibrate.find_pictures(tmp_path, shipped.manifest.labels, 100_000)
+
+    assert [found.drafted(i, 64) for i in range(3)] == [True, False, False]
+    (smaller,) = [found.drafts(np.array([0]), 64).decode(0)]
+    assert (smaller.size, found.decode(0).size) == ((80, 64), (160, 128))
+    with pytest.raises(cifar.DataError, match=r"d\.jpg: .*remove it"):
+        found.drafted(3, 64)
 
 
 def test_a_picture_that_can_t_be_read_is_named(tmp_path: Path, shipped: Bundle) -> None:
@@ -222,6 +329,37 @@ def test_the_command_writes_the_file_and_reports(
     assert calibrate.report(found) in printed
     assert "at most 5 % of such images" in printed
     assert "Temperature of full" in printed
+
+
+def test_the_command_certifies_drafts_of_real_jpegs(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = pictures(150)
+    (tmp_path / "jpegs").mkdir()
+    for i in range(150):
+        shown.decode(i).resize((192, 160)).save(tmp_path / "jpegs" / f"{i}.jpg")
+    arguments = [str(bundle.path), str(tmp_path / "jpegs"), "--disagreement", "0.05", "--protocol", "flip"]
+
+    command(monkeypatch, *arguments, "--draft")
+
+    (found,) = calibration.read(bundle)
+    assert found.draft is not None
+    assert (found.draft.shorter_side, found.draft.images) == (64, 100)
+    assert "to no less than 64 pixels" in capsys.readouterr().out
+    command(monkeypatch, *arguments)
+    assert calibration.read(bundle)[0].draft is None
+
+
+def test_the_command_says_that_drafts_were_not_certified(
+    bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = with_drafts(pictures(150), lambda _: True, lambda _: True)
+    monkeypatch.setattr(calibrate, "find_pictures", lambda *_: changed)
+
+    command(monkeypatch, str(bundle.path), str(folder), "--disagreement", "0.05", "--protocol", "flip", "--draft")
+
+    assert "Drafts could not be certified" in capsys.readouterr().out
+    assert calibration.read(bundle)[0].draft is None
 
 
 def test_the_command_refuses_with_one_line(bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

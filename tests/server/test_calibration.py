@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.server import calibration
-from resnet_ensemble.server.calibration import Calibration, Cost, NotCalibrated
+from resnet_ensemble.server.calibration import Calibration, Cost, Draft, NotCalibrated
 from resnet_ensemble.server.stopping import Calibrated
 
 FP32 = EngineInfo("onnxruntime", "1", "fp32", "cpu", threads=1)
@@ -49,6 +49,26 @@ def test_what_was_written_is_found(bundle: Bundle) -> None:
     calibration.write(bundle, found(bundle))
 
     assert calibration.find(bundle, "flip", [FP32, FP32]) == found(bundle)
+
+
+def test_drafts_are_found_as_they_were_written(bundle: Bundle) -> None:
+    drafts = Draft(shorter_side=64, images=200, disagreements=1)
+    calibration.write(bundle, found(bundle, draft=drafts))
+
+    kept = calibration.find(bundle, "flip", [FP32, FP32])
+    assert (kept.draft, kept.draft_side) == (drafts, 64)
+
+
+def test_a_file_from_before_there_were_drafts_has_none(bundle: Bundle) -> None:
+    calibration.write(bundle, found(bundle))
+    file = bundle.path / calibration.FILE
+    written = json.loads(file.read_text())
+    assert written["calibrations"][0].pop("draft") is None
+    file.write_text(json.dumps(written))
+
+    kept = calibration.find(bundle, "flip", [FP32, FP32])
+    assert kept == found(bundle)
+    assert kept.draft_side is None
 
 
 def test_a_checkpoint_where_nothing_stops_is_none_of_the_rules(bundle: Bundle) -> None:
@@ -133,6 +153,7 @@ def test_a_damaged_file_is_refused_and_not_written_over(bundle: Bundle, content:
         ({"plan": [(0, 0, 1), (1, 0, 0), (1, 0, 1), (0, 0, 1)]}, "each of the 4 views of flip once"),
         ({"protocol": "10crop"}, "each of the 20 views"),
         ({"disagreement": 0.0}, "greater than 0"),
+        ({"draft": {"shorter_side": 0, "images": 9, "disagreements": 0}}, "greater than 0"),
     ],
 )
 def test_what_contradicts_itself_is_refused(bundle: Bundle, changed: dict[str, Any], reason: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resnet_ensemble.server.errors import ApiError
-from resnet_ensemble.server.images import FORMATS, MAX_ASPECT_RATIO, decode
+from resnet_ensemble.server.images import FORMATS, MAX_ASPECT_RATIO, decode, is_drafted
 
 LIMIT = 1_000_000
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -36,9 +36,9 @@ def decoded(content: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
-def refusal(content: bytes, max_pixels: int = LIMIT) -> ApiError:
+def refusal(content: bytes, max_pixels: int = LIMIT, draft: int | None = None) -> ApiError:
     with pytest.raises(ApiError) as error:
-        decode(content, max_pixels=max_pixels)
+        decode(content, max_pixels=max_pixels, draft=draft)
     return error.value
 
 
@@ -217,6 +217,84 @@ def test_a_progressive_jpeg_is_read_but_not_one_of_a_thousand_scans() -> None:
     assert refusal(progressive[:-2] + last_scan * 1000 + b"\xff\xd9").code == "too_many_scans"
 
 
+@settings(max_examples=150)
+@given(
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    multiple=st.sampled_from([1, 2, 4, 8, 16]),
+    draft=st.integers(1, 300),
+    format=st.sampled_from(["JPEG", "MPO"]),
+    progressive=st.booleans(),
+)
+def test_a_draft_keeps_as_many_pixels_as_it_must_and_the_very_shape(
+    width: int, height: int, multiple: int, draft: int, format: str, progressive: bool
+) -> None:
+    width, height = width * multiple, height * multiple
+    content = encode(Image.new("RGB", (width, height), RED), format, progressive=progressive)
+
+    found = decode(content, max_pixels=2**30, draft=draft)
+
+    scale = width // found.size[0]
+    assert found.size == (width / scale, height / scale)
+    assert scale in (1, 2, 4, 8)
+    assert min(found.size) >= min(draft, width, height)
+    assert is_drafted(content, draft) == (scale > 1)
+    larger = [s for s in (2, 4, 8) if s > scale and width % s == height % s == 0]
+    assert all(min(width, height) / s < draft for s in larger)  # as small as it may be
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_draft_shows_what_the_whole_picture_does(mode: str) -> None:
+    smooth = picture((6, 4)).resize((600, 400), Image.Resampling.BICUBIC).convert(mode)
+    content = encode(smooth, "JPEG", quality=95)
+
+    draft = decode(content, max_pixels=LIMIT, draft=100)
+
+    assert (draft.mode, draft.size) == ("RGB", (150, 100))
+    whole = decode(content, max_pixels=LIMIT).resize((150, 100), Image.Resampling.BOX)
+    assert np.abs(np.asarray(whole).astype(int) - np.asarray(draft)).mean() < 2
+
+
+@pytest.mark.parametrize("format", sorted({*FORMATS} - {"JPEG"}))
+def test_no_other_format_has_drafts(format: str) -> None:
+    content = encode(picture((200, 160)), format)
+
+    np.testing.assert_array_equal(decode(content, max_pixels=LIMIT, draft=10), decoded(content))
+    assert not is_drafted(content, 10)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_draft_is_turned_upright(orientation: int) -> None:
+    stored = Image.new("RGB", (480, 320), GREEN)
+    stored.paste(RED, (0, 0, 240, 160))  # the top left quarter as it is stored, the top right one when it is upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+
+    pixels = np.asarray(decode(encode(stored, "JPEG", exif=exif), max_pixels=LIMIT, draft=80))
+
+    assert pixels.shape == ((80, 120, 3) if orientation == 1 else (120, 80, 3))
+    np.testing.assert_allclose(pixels[4, 4 if orientation == 1 else -4], RED, atol=12)
+    np.testing.assert_allclose(pixels[-4, 4], GREEN, atol=12)
+
+
+def test_limits_are_of_the_whole_picture_when_it_is_drafted() -> None:
+    large, line = encode(picture((200, 160)), "JPEG"), encode(Image.new("RGB", (4040, 40)), "JPEG")
+    progressive = encode(picture((200, 160)), "JPEG", progressive=True)
+    scans = progressive[:-2] + progressive[progressive.rindex(b"\xff\xda") : -2] * 1000 + b"\xff\xd9"
+
+    assert decode(large, max_pixels=32_000, draft=20).size == (25, 20)
+    assert refusal(large, max_pixels=31_999, draft=20).code == "too_many_pixels"
+    assert refusal(line, draft=4).code == "extreme_aspect_ratio"
+    assert refusal(scans, draft=20).code == "too_many_scans"
+
+
+def test_a_cut_off_jpeg_is_refused_when_it_is_drafted() -> None:
+    content = encode(picture((900, 600)), "JPEG")
+
+    for length in (len(content) // 10, len(content) // 2, len(content) - 100):
+        assert refusal(content[:length], draft=75).code == "corrupt_image"
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_whatever_the_bytes_the_answer_is_an_image_or_a_typed_refusal(data: st.DataObject) -> None:
@@ -228,6 +306,7 @@ def test_whatever_the_bytes_the_answer_is_an_image_or_a_typed_refusal(data: st.D
     content = content[: data.draw(st.integers(0, len(content)))]
 
     try:
-        assert decode(bytes(content), max_pixels=LIMIT).mode == "RGB"
+        draft = data.draw(st.sampled_from([None, 1, 4]))
+        assert decode(bytes(content), max_pixels=LIMIT, draft=draft).mode == "RGB"
     except ApiError as error:
         assert error.kind.status in (400, 413, 415, 422)

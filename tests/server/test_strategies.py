@@ -1,18 +1,21 @@
 """What a request can ask for depends on what stopping.json has for the very engines that run."""
 
 import asyncio
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from resnet_ensemble.export.bundle import Bundle, BundleError
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.export.engines.fake import FakeEngine
-from resnet_ensemble.server import calibration, evaluate
-from resnet_ensemble.server.calibration import NotCalibrated, Temperature
+from resnet_ensemble.server import calibration, evaluate, images
+from resnet_ensemble.server.calibration import Draft, NotCalibrated, Temperature
 from resnet_ensemble.server.classifier import load
 from resnet_ensemble.server.costs import Cost
 from resnet_ensemble.server.errors import ApiError
@@ -20,6 +23,7 @@ from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.schemas import Options, Prediction
 from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.server.strategies import Strategies
+from resnet_ensemble.training.views import make_views
 from tests.server.test_calibration import found
 from tests.server.test_predictions import Constant
 from tests.server.test_refusals import assert_problem
@@ -131,8 +135,76 @@ def test_what_has_no_thresholds_is_refused_and_info_tells_what_has(
             "disagreements": 0,
             "views": 2.0,
             "cost": 0.4,
+            "draft": None,
         }
     }
+
+
+class Watching(FakeEngine):
+    """Keeps the views that it is shown."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.shown: list[np.ndarray] = []
+
+    def run(self, views: np.ndarray) -> np.ndarray:
+        self.shown.extend(views)
+        return super().run(views)
+
+
+def noisy(format: str) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (160, 256, 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("drafts", "stop", "format", "drafted"),
+    [
+        (True, "calibrated", "JPEG", True),
+        (True, "calibrated", "PNG", False),
+        (True, "exact", "JPEG", False),
+        (True, "full", "JPEG", False),
+        (False, "calibrated", "JPEG", False),
+    ],
+)
+def test_only_calibrated_sees_drafts_and_only_where_they_are_certified(
+    calibrated: Bundle, drafts: bool, stop: str, format: str, drafted: bool
+) -> None:
+    certified = Draft(shorter_side=64, images=200, disagreements=1) if drafts else None
+    calibration.write(calibrated, found(calibrated, FAKE, thresholds=(None, None), draft=certified))
+    content = noisy(format)
+    engines: list[Watching] = []
+
+    def opener(*_: object) -> Watching:
+        engines.append(Watching(10))
+        return engines[-1]
+
+    classifier = load(Settings(bundle=calibrated.path), Metrics(), opener)
+    for engine in engines:
+        engine.shown.clear()
+    (answer,) = asyncio.run(classifier.classify([content], Options(protocol="flip", stop=stop)))
+    asyncio.run(evaluate.evaluate(classifier, [evaluate.Example(content, 0)], "flip", stop))
+    classifier.close()
+
+    image = images.decode(content, max_pixels=10**6, draft=64 if drafted else None)
+    views = make_views(image, calibrated.manifest.members[0].preprocessing, "flip")
+    assert image.size == ((128, 80) if drafted else (256, 160))
+    assert {view.tobytes() for engine in engines for view in engine.shown} == {view.tobytes() for view in views}
+    # Nothing is proven about the whole picture by views of a smaller one.
+    assert isinstance(answer, Prediction)
+    assert answer.views_used == answer.views_planned
+    assert answer.certain == answer.certain_top5 == (not drafted)
+
+
+def test_info_tells_of_drafts(serve: Callable[..., Any], calibrated: Bundle) -> None:
+    calibration.write(calibrated, found(calibrated, FAKE, draft=Draft(shorter_side=64, images=200, disagreements=1)))
+
+    with serve(bundle=calibrated.path) as client:
+        info = client.get("/info").json()
+
+    assert info["calibrated"]["flip"]["draft"] == 64
 
 
 def test_a_server_does_not_start_with_a_default_that_it_has_not(pair: Bundle) -> None:

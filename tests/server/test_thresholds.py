@@ -1,6 +1,7 @@
 """What is guaranteed about `calibrated`, on simulated images whose true rates are known."""
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from resnet_ensemble.server import thresholds
 from resnet_ensemble.server.stopping import Calibrated, Exact, StopRule
-from resnet_ensemble.server.thresholds import Answers, Walks
+from resnet_ensemble.server.thresholds import Answers, Drafts, Walks
 
 NEVER = math.inf
 
@@ -35,7 +36,13 @@ def sampled(walks: Walks, images: np.ndarray) -> Walks:
         walks.proven[images],
         walks.proven_labels[images],
         walks.seconds,
+        walks.drafts and Drafts(walks.drafts.drafted[images], walks.drafts.labels[images]),
     )
+
+
+def with_drafts(walks: Walks, drafted: np.ndarray, changed: np.ndarray) -> Walks:
+    """The walks are of drafts where `drafted`, and the whole picture has another label where `changed`."""
+    return replace(walks, drafts=Drafts(drafted, np.where(changed, walks.proven_labels + 1, walks.proven_labels)))
 
 
 def followed(rule: StopRule, answers: Answers, order: np.ndarray, image: int) -> tuple[int, int]:
@@ -140,6 +147,84 @@ def test_where_nothing_can_be_shown_nothing_but_proofs_stop_an_image(share: floa
 
     assert (certificate.chosen, certificate.disagreements) == (0, 0)
     assert np.isinf(rows[0]).all()
+
+
+def test_what_drafts_change_counts_as_what_thresholds_do() -> None:
+    walks, rows = population()
+    drawn = sampled(walks, np.arange(3000))
+    every, changed = np.ones(3000, bool), np.arange(3000) % 100 == 0
+
+    alone = thresholds.certify(with_drafts(drawn, every, changed), rows[:1], 0.03, 0.95)
+    both = thresholds.certify(with_drafts(drawn, every, changed), rows, 0.03, 0.95)
+
+    assert alone == thresholds.Certificate(0, 3000, 30, drafted=3000, drafted_disagreements=30)
+    assert both is not None
+    assert both.disagreements > 30
+    assert both.chosen < thresholds.certify(drawn, rows, 0.03, 0.95).chosen
+
+
+def test_drafts_that_change_nothing_cost_nothing() -> None:
+    walks, rows = population()
+    drawn = sampled(walks, np.arange(3000))
+    unchanged = with_drafts(drawn, np.ones(3000, bool), np.zeros(3000, bool))
+
+    assert thresholds.certify(unchanged, rows, 0.03, 0.95).chosen == thresholds.certify(drawn, rows, 0.03, 0.95).chosen
+
+
+def test_where_proofs_on_drafts_are_wrong_too_often_nothing_is_certified() -> None:
+    walks, rows = population()
+    drawn = with_drafts(sampled(walks, np.arange(3000)), np.ones(3000, bool), np.arange(3000) % 20 == 0)
+
+    assert thresholds.certify(drawn, rows, 0.03, 0.95) is None
+
+
+def test_images_that_no_draft_changes_do_not_vouch_for_drafts() -> None:
+    walks, rows = population()
+    drafted = np.arange(3000) % 10 == 0
+    drawn = with_drafts(sampled(walks, np.arange(3000)), drafted, np.arange(3000) % 100 == 0)  # a tenth of the drafts
+
+    assert thresholds.certify(drawn, rows[:1], 0.03, 0.95) is None
+    assert thresholds.certify(drawn, rows[:1], 0.15, 0.95) == thresholds.Certificate(0, 3000, 30, 300, 30)
+
+
+def test_without_any_draft_there_is_no_certificate_of_drafts() -> None:
+    walks, rows = population()
+    none = np.zeros(3000, bool)
+
+    assert thresholds.certify(with_drafts(sampled(walks, np.arange(3000)), none, none), rows, 0.03, 0.95) is None
+
+
+def test_the_guarantee_holds_for_drafts_as_often_as_it_says() -> None:
+    """As above: broken where either all images or the drafted ones alone are beyond the promise."""
+    walks, rows = population()
+    rows = rows[::5]
+    random = np.random.default_rng(0)
+    drafted = random.random(20_000) < 0.5
+    walks = with_drafts(walks, drafted, drafted & (random.random(20_000) < 0.01))
+    differs = np.array([thresholds.follow(walks, row).labels != walks.expected for row in rows])
+    worse = np.maximum(differs.mean(axis=1), differs[:, drafted].mean(axis=1))
+    promised, broken, given = 0.03, 0, 0
+    for _ in range(250):
+        certificate = thresholds.certify(sampled(walks, random.integers(0, 20_000, 600)), rows, promised, 0.9)
+        given += certificate is not None
+        broken += certificate is not None and worse[certificate.chosen] > promised
+
+    assert broken <= 25 + 3 * math.sqrt(250 * 0.1 * 0.9)
+    assert given > 200
+
+
+def test_some_of_the_images_keep_what_they_are_compared_with() -> None:
+    answers = simulated(6, seed=0)
+    drafts = Drafts(np.arange(6) % 2 == 0, np.arange(6))
+
+    some = replace(answers, drafts=drafts).of(np.array([4, 1]))
+
+    walks = thresholds.walk(some, np.arange(10), (1, 2))
+    assert walks.drafts is not None
+    assert walks.drafts.drafted.tolist() == [True, False]
+    assert walks.expected.tolist() == [4, 1]
+    alone = thresholds.walk(answers, np.arange(10), (1, 2))
+    assert (alone.expected == alone.proven_labels).all()
 
 
 def test_more_disagreement_never_makes_the_rule_more_careful() -> None:

@@ -1,5 +1,7 @@
 """The views against torchvision's own transforms, to the pixel."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from resnet_ensemble.training.views import (
     block_pixels,
     block_sizes,
     can_be_view,
+    largest_side,
     make_blocks,
     make_views,
     make_whole_views,
@@ -198,3 +201,22 @@ def test_what_no_protocol_makes_can_not(size: tuple[int, int]) -> None:
     how = preprocessing(256, 224)
     assert not can_be_view(*size, how)
     assert not can_be_view(*size[::-1], how)
+
+
+@pytest.mark.parametrize("protocol", ALL_PROTOCOLS)
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (600, 224), (40, 32)])
+def test_the_largest_side_is_that_of_the_largest_picture_that_views_are_cut_from(
+    monkeypatch: pytest.MonkeyPatch, protocol: str, resize: int, crop: int
+) -> None:
+    made: list[int] = []
+    original = Image.Image.resize
+
+    def resized(image: Image.Image, size: tuple[int, int], *arguments: Any, **options: Any) -> Image.Image:
+        made.append(min(size))
+        return original(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", resized)
+    how = preprocessing(resize=resize, crop=crop)
+    make_blocks(picture((700, 701)), how, protocol)
+
+    assert largest_side(how, protocol) == max(made)
