@@ -69,7 +69,7 @@ class Evaluated:
     @cached_property
     def used(self) -> int:
         """Views that were run."""
-        return int(self.tally.views.sum())
+        return sum(self.tally.views.tolist())
 
     def certain(self, top: int = 1) -> bool:
         """Whether the set of the `top` most probable classes is proven to be the one of all planned views.
@@ -92,7 +92,7 @@ class Classifier:
         self._metrics = metrics
         self._max_pixels = settings.max_image_pixels
         self._manifest = bundle.manifest
-        self._identity = bundle.identity
+        self.identity = bundle.identity
         self.protocol = settings.protocol or self._manifest.protocol
         self.stop = settings.stop
         members = self._manifest.members
@@ -161,14 +161,13 @@ class Classifier:
             raise refused(error) from None
         following = iter(jobs)
         try:
-            return await asyncio.gather(
-                *(
-                    _passed(content)
-                    if isinstance(content, ApiError)
-                    else self._answer(next(following), strategy, content, deadline, finish)
-                    for content in contents
-                )
-            )
+            answers = [
+                _passed(content)
+                if isinstance(content, ApiError)
+                else self._answer(next(following), strategy, content, deadline, finish)
+                for content in contents
+            ]
+            return await asyncio.gather(*answers) if len(answers) != 1 else [await answers[0]]  # needs no task
         finally:
             for job in jobs:  # the task of a request that is cancelled early may never have reached its own release
                 self.scheduler.release(job)
@@ -288,7 +287,7 @@ class Classifier:
                 "entropy": entropy,
                 "mutual_information": mutual_information,
                 "abstained": ranked[0]["probability"] < options.abstain_below,
-                "bundle": self._identity,
+                "bundle": self.identity,
                 "timings_ms": {stage: round(1000 * value, 3) for stage, value in result.seconds.items()},
             }
         )

@@ -28,7 +28,7 @@ def average(sums: NDArray[np.float64], views: NDArray[np.int64]) -> Average:
 
     Every softmax vector has the same weight, whichever member and view it is of.
     """
-    total = int(views.sum())
+    total = sum(views.tolist())
     return Average(
         ensemble=sums.sum(axis=0) / total, members=sums / np.maximum(views, 1)[:, None], shares=views / total
     )

@@ -117,7 +117,7 @@ class Scheduler:
         )
         self._lock = threading.Lock()  # guards everything below and the decisions
         roles = _roles(streams, decoders, shared=shared)
-        self._asleep: dict[_Role, list[threading.Condition]] = {role: [] for role in roles}  # workers with nothing to do
+        self._asleep: dict[_Role, list[threading.Condition]] = {role: [] for role in roles}  # they have nothing to do
         self._run_ended = threading.Condition(self._lock)  # for who waits until an engine is not used any more
         self._running: Counter[int] = Counter()  # batches on each member's engine
         self._decoding = 0  # images
