@@ -4,8 +4,8 @@ Nothing polls. A worker sleeps until there is something to do; a batch starts wh
 waiting, so batches fill by themselves under load. New work wakes one worker, and a worker that leaves work behind wakes
 the next: a thread that is woken in vain costs as much as many a small thing that it could do.
 
-On a CPU, engines and decoders want the same cores, so there is one worker a core for both, which mostly runs itself
-what it has decoded. A GPU has workers of its own, which wait for it while others decode.
+On a CPU, engines and decoders want the same cores, so the same workers do both, and mostly run themselves what they
+have decoded. A GPU has workers of its own, which wait for it while others decode.
 
 When a run fails, the engine is asked for a view that it has answered before. If it does, the images are to blame, and
 are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while other
