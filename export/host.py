@@ -8,7 +8,10 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-_NICER = 1
+# More leaves the cores to other processes: of a core that another one wants, too, a thread gets 25 % so. With 1 it would
+# get 44 %, but with three workers on two cores the 99th percentile of a refusal at three times the capacity is 130 to
+# 260 ms then, and 27 to 41 with 5 (three rounds; two Zen 3 cores, Linux 6.18, 2026-11-26).
+_NICER = 5
 
 
 def cores() -> int:
@@ -24,9 +27,8 @@ def give_way() -> None:
     """Where they compete, the main thread runs before this one, and before those that this one starts from now on.
 
     On Linux, that is: elsewhere niceness is of whole processes. A server at two to three times its capacity whose
-    engines and decoders are a bit nicer and don't interrupt others when they wake up answers what it refuses in 2 to
-    6 ms, instead of 400 (medians; 2 Zen 5 cores, Linux 6.18). More niceness makes no difference, and would leave the
-    cores to other processes: of a core that another one wants, too, they get 44 % so, and 25 % with 5.
+    engines and decoders are nicer and don't interrupt others when they wake up answers what it refuses in 2 to 6 ms,
+    instead of 400 (medians; 2 Zen 5 cores, Linux 6.18).
     """
     if sys.platform == "linux":
         thread, main = threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, os.getpid())
