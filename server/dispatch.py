@@ -31,7 +31,7 @@ from resnet_ensemble.server.stopping import StopRule
 # last, everything is in progress at once, and old images wait for young ones: in the simulation of the tests, with a
 # backlog of 3 s, for 4 to 8 s instead of 3.
 _WINDOW = 0.5
-# Waits vary around what is predicted, and the pace at which refusals cost time, too, is learnt only when there are some.
+# Waits vary around what is predicted, and how much time refusals cost is learnt only when there are some.
 # At three times the capacity and a limit of 1 s, the 99th percentile of what was taken was 0.71 to 0.82 s, and 0.93 to
 # 1.01 s with 1.5 (CIFAR-10 center, three rounds of 8 s; two Zen 3 cores, 2026-11-26).
 _CAUTION = 2.0
