@@ -3,7 +3,7 @@
 import importlib.metadata
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -50,21 +50,11 @@ from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes
 log = logging.getLogger(__name__)
 
 NOT_OF_PREDICT = ("not_found", "method_not_allowed", "invalid_tensor", *admin.ONLY_HERE)
+_PATH = "/predict"
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is for the metrics
 _HTTP_CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed"}
 
 router = APIRouter()
-
-
-class _Raw(APIRoute):
-    """A route that gets the request as it is. FastAPI's dependencies would cost it a tenth of what HTTP costs."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
-        return handler
-
-
-raw = APIRouter(route_class=_Raw)
 
 
 class _Direct:
@@ -75,12 +65,12 @@ class _Direct:
 
     def __init__(self, layers: ASGIApp, service: Service) -> None:
         self._layers = layers
-        (self._route,) = raw.routes
+        self._route = next(route for route in router.routes if isinstance(route, APIRoute) and route.path == _PATH)
         limit = service.settings.max_request_bytes
         self._predict = Envelope(_answer, metrics=service.metrics, max_request_bytes=limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/predict" and scope["method"] == "POST":
+        if scope["type"] == "http" and scope["path"] == _PATH and scope["method"] == "POST":
             scope["route"] = self._route  # as routers do
             await self._predict(scope, receive, send)
         else:
@@ -156,7 +146,6 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    app.include_router(raw)
     app.include_router(router)
     app.include_router(oip.router)
     if service.settings.admin_key is not None:
@@ -171,8 +160,8 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-@raw.post(
-    "/predict",
+@router.post(
+    _PATH,
     summary="Classify one image or several",
     response_model=Prediction | Results,
     openapi_extra=_PREDICT,
