@@ -1,10 +1,12 @@
 """The README can't lie: its commands and its Python are run, and its numbers are those of the bundle."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +105,10 @@ def test_every_script_that_is_named_explains_itself(readme: str, root: Path) -> 
     assert {"export/build_engines.py", "training/evaluate.py", "benchmarks/loading.py"} <= scripts
     assert {"resnet_ensemble.server", "benchmarks.serving"} <= modules
     modules |= {"resnet_ensemble.client", "resnet_ensemble.client.batch"}  # resnet-classify and resnet-batch
-    for command in [[script] for script in scripts] + [["-m", module] for module in modules]:
-        assert "usage:" in run([sys.executable, *command, "--help"], root)
+    commands = [[script] for script in scripts] + [["-m", module] for module in modules]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each imports for seconds, on one core
+        printed = list(pool.map(lambda command: run([sys.executable, *command, "--help"], root), commands))
+    assert [command for command, text in zip(commands, printed, strict=True) if "usage:" not in text] == []
 
 
 def test_the_errors_are_those_recorded_in_the_bundle(readme: str, shipped: Bundle) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folders(tmp_path_factory.mktemp("folders"), train=8, val=3, size=(90, 80))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, folders: Path) -> Callable[[Recipe], Checkpoint]:
+    """What a recipe ends with if nothing interrupts it: trained by the first test that asks."""
+    return functools.cache(lambda recipe: run(tmp_path_factory.mktemp("whole"), recipe, folders))
+
+
 def test_training_learns_and_logs_every_epoch(tmp_path: Path) -> None:
     result = run(tmp_path)
 
@@ -85,9 +92,8 @@ def test_a_checkpoint_says_what_made_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", [TINY, RICH, FOLDERS], ids=["short", "rich", "folders"])
 def test_a_run_that_died_after_an_epoch_ends_with_the_very_weights_of_an_uninterrupted_one(
-    tmp_path: Path, recipe: Recipe, folders: Path
+    tmp_path: Path, recipe: Recipe, folders: Path, whole: Callable[[Recipe], Checkpoint]
 ) -> None:
-    whole = run(tmp_path / "whole", recipe, folders)
     original, saves = checkpoint.save, 0
 
     def save_then_die(path: Path, saved: Checkpoint) -> None:
@@ -104,16 +110,21 @@ def test_a_run_that_died_after_an_epoch_ends_with_the_very_weights_of_an_uninter
 
     resumed = run(tmp_path / "resumed", recipe, folders)
 
-    assert [epoch.train_loss for epoch in resumed.history] == [epoch.train_loss for epoch in whole.history]
-    assert same(resumed, whole)
+    expected = whole(recipe)
+    assert [epoch.train_loss for epoch in resumed.history] == [epoch.train_loss for epoch in expected.history]
+    assert same(resumed, expected)
 
 
 @pytest.mark.parametrize("recipe", [TINY, RICH, FOLDERS], ids=["short", "rich", "folders"])
 def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_from_there(
-    tmp_path: Path, recipe: Recipe, folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    recipe: Recipe,
+    folders: Path,
+    whole: Callable[[Recipe], Checkpoint],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(train, "LOOK_EVERY", 1)
-    whole = run(tmp_path / "whole", recipe, folders)
     original, calls = train.step, 0
     an_epoch = 24 // 8 if recipe is FOLDERS else 96 // 16
 
@@ -131,12 +142,15 @@ def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_from_there(
     saved = checkpoint.load(tmp_path / "resumed")
     resumed = run(tmp_path / "resumed", recipe, folders)
 
+    printed = capsys.readouterr().out
+    expected = whole(recipe)
+
     assert stopped.value.code == 143
-    assert "saved after step 2 of epoch 2" in capsys.readouterr().out
+    assert "saved after step 2 of epoch 2" in printed
     assert (len(saved.history), saved.progress.steps, saved.finished) == (1, 2, False)
-    assert [e.train_loss for e in resumed.history] == pytest.approx([e.train_loss for e in whole.history])
-    assert [e.train_error for e in resumed.history] == [e.train_error for e in whole.history]
-    assert same(resumed, whole)
+    assert [e.train_loss for e in resumed.history] == pytest.approx([e.train_loss for e in expected.history])
+    assert [e.train_error for e in resumed.history] == [e.train_error for e in expected.history]
+    assert same(resumed, expected)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
@@ -292,7 +306,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from tests.training.small import cifar_of_two
-from tests.training.test_train import TINY
+from tests.training.test_train import RICH
 from resnet_ensemble.training import cifar, train
 cifar.read = cifar_of_two
 step, calls = train.step, 0
@@ -303,15 +317,18 @@ def dying(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*arguments)
 train.step = dying
-train.train(TINY, Path("unused"), Path(sys.argv[2]))
+train.train(RICH, Path("unused"), Path(sys.argv[2]))
 """
 
 
-def test_after_kill_9_in_the_middle_of_an_epoch_the_weights_end_bit_identical(tmp_path: Path, root: Path) -> None:
+def test_after_kill_9_in_the_middle_of_an_epoch_the_weights_end_bit_identical(
+    tmp_path: Path, root: Path, default_threads: int
+) -> None:
+    torch.set_num_threads(default_threads)  # what a run has unless it is told otherwise, and the killed one had
     command = [sys.executable, "-c", KILLED, str(root), str(tmp_path / "killed")]
     killed = subprocess.run(command, check=False, capture_output=True)
 
-    resumed, whole = run(tmp_path / "killed"), run(tmp_path / "whole")
+    resumed, whole = (run(tmp_path / name, RICH) for name in ("killed", "whole"))
 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert same(resumed, whole)
@@ -366,13 +383,10 @@ def test_two_processes_with_half_the_batch_each_are_one_with_the_whole_batch(tmp
     torchrun(2, str(tmp_path / "two.py"), str(root), str(tmp_path), cwd=tmp_path)
     two = checkpoint.load(tmp_path / "run")
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the two have: with another number, one step alone ends 9e-5 of its way from here
-    try:
-        one = run(tmp_path / "one", FEW_STEPS, options=Options(workers=0, precision="fp32", accumulate=2))
-        whole = run(tmp_path / "whole", FEW_STEPS, options=Options(workers=0, precision="fp32"))
-    finally:
-        torch.set_num_threads(threads)
+    # One thread, as the two have: with another number, one step alone ends 9e-5 of its way from here.
+    assert torch.get_num_threads() == 1
+    one = run(tmp_path / "one", FEW_STEPS, options=Options(workers=0, precision="fp32", accumulate=2))
+    whole = run(tmp_path / "whole", FEW_STEPS, options=Options(workers=0, precision="fp32"))
 
     torch.manual_seed(FEW_STEPS.seed)
     start = dict(new_network(TINY).named_parameters())
@@ -446,9 +460,9 @@ def test_bf16_is_the_default_only_where_the_machine_computes_in_it(
 def test_the_paper_s_imagenet_recipe_finishes_two_epochs_on_a_small_tree(
     tmp_path: Path, root: Path, processes: int
 ) -> None:
-    data = write_folders(tmp_path / "data", train=8, val=3)
-    command = f"{root}/training/train.py resnet18a-imagenet-paper --data {data} --out {tmp_path / 'runs'} --workers 1"
-    changes = "--set epochs=2 batch_size=8 classes=3"
+    data = write_folders(tmp_path / "data", train=4, val=3)
+    command = f"{root}/training/train.py resnet18a-imagenet-paper --data {data} --out {tmp_path / 'runs'}"
+    changes = "--workers 1 --threads 1 --set epochs=2 batch_size=4 classes=3"
 
     if processes == 1:
         done = subprocess.run(
@@ -467,16 +481,25 @@ def test_the_paper_s_imagenet_recipe_finishes_two_epochs_on_a_small_tree(
     assert "on 9 images" in done.stdout
 
 
-def test_the_short_imagenet_recipe_learns_a_small_tree(tmp_path: Path, folders: Path) -> None:
+def test_the_short_imagenet_recipe_learns_a_small_tree(tmp_path: Path, folders: Path, default_threads: int) -> None:
+    torch.set_num_threads(default_threads)  # so few steps learn with the rounding of two threads, and not of one
     result = run(tmp_path, replace(FOLDERS, epochs=8), folders)
 
     assert result.history[-1].val_error <= 100 / 3
 
 
+def test_a_mistake_on_the_command_line_ends_the_process_with_1_and_one_line(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(root / "training" / "train.py"), "resnet20-cifar10", "--data", "none"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("no CIFAR-10 in none")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet20-cifar10", "--data", "none"], "no CIFAR-10 in none"),
         (["resnet50-imagenet", "--data", "none"], "no train/ in none"),
         (["resnet20-cifar10", "--data", "none", "--set", "epoch=2"], "a recipe has no 'epoch'"),
         (["resnet20-cifar10", "--data", "none", "--set", "epoch=2", "--set", "seed=1"], "a recipe has no 'epoch'"),
@@ -484,11 +507,20 @@ def test_the_short_imagenet_recipe_learns_a_small_tree(tmp_path: Path, folders: 
     ],
 )
 def test_mistakes_on_the_command_line_are_answered_in_one_line(
-    root: Path, tmp_path: Path, arguments: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
-    command = [sys.executable, str(root / "training" / "train.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
 
-    assert done.returncode == 1
-    assert done.stderr.startswith(message)
-    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+
+    printed = stopped.value.code  # a text: Python prints it to stderr and exits with 1
+    assert isinstance(printed, str)
+    assert printed.startswith(message)
+    assert len(printed.splitlines()) == 1
+    assert capsys.readouterr().err == ""
