@@ -124,7 +124,7 @@ class Benchmark:
         self._everyone: list[Processes] = []
         self._bundles = contestants.bundles(bundle, self._folder)
         if BUILT not in self._bundles:
-            self.notes.append(f"{BUILT}: there are none; python export/build_engines.py {bundle} makes them")
+            self.notes.append(f"{BUILT}: there are none; `python export/build_engines.py BUNDLE` makes them")
         self.workloads = [w for w in WORKLOADS if w.name in extent.workloads and w.bundle in self._bundles]
         self._load = self._start(Worker("load", self._folder / "load.log", str(sent)))
         served = dict.fromkeys(workload.bundle for workload in self.workloads)
