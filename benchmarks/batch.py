@@ -91,8 +91,10 @@ class Bench:
                 answer async for answer in client.classify_many(self._sent, protocol=self._protocol, concurrency=flying)
             ]
             seconds = time.monotonic() - began
-        answered = sum(isinstance(answer, Prediction) for answer in answers)
-        return Round(answered / seconds, statuses[_REFUSED] / statuses.total())
+        failed = [answer for answer in answers if not isinstance(answer, Prediction)]
+        if failed:
+            raise SystemExit(f"{len(failed)} of {len(answers)} pictures were not answered: {failed[0]}")
+        return Round(len(answers) / seconds, statuses[_REFUSED] / statuses.total())
 
     @asynccontextmanager
     async def _client(self) -> AsyncIterator[tuple[AsyncClient, Counter[int]]]:
@@ -114,7 +116,6 @@ def bench(bundle: Path, images: Path | None, limit: float, count: int, protocol:
             files.append(Path(folder, f"{i:03}.jpg"))
             files[-1].write_bytes(content)
         with contestants.ours(bundle, Path(folder), limit=limit) as server:
-            assert isinstance(server, Server)
             server.wait_until_ready(files[0].read_bytes(), f"/predict?protocol={protocol}")
             yield Bench(server, Path(folder), [files[i % len(files)] for i in range(count)], protocol)
 

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 # More leaves the cores to others: of one that another process wants, too, a thread gets 25 % so. With 1 it would get
-# 44 %, but with three workers on two cores the 99th percentile of a refusal at three times the capacity is 130 to 260
-# ms then, and 27 to 41 with 5 (three rounds; two Zen 3 cores, Linux 6.18, 2026-11-26).
+# 44 %, but with three workers on two cores the 99th percentile of a refusal at three times the capacity was 126 to 263
+# ms then, and 31 to 144 with 5, all else equal (three rounds; two Zen 3 cores, Linux 6.18, 2026-11-26).
 _NICER = 5
 
 
