@@ -152,6 +152,10 @@ def test_a_heavy_import_is_found() -> None:
     assert "numpy" in loaded_by("import resnet_ensemble.training.views")
 
 
+def test_the_sdk_is_imported_without_what_only_its_asynchronous_client_needs() -> None:
+    assert "asyncio" not in loaded_by("import resnet_ensemble.client")
+
+
 @pytest.mark.parametrize("name", ["training", "export", "server", "clients"])
 def test_a_bare_import_is_found_by_the_linter(root: Path, name: str) -> None:
     code = f"import {name}.module\n"

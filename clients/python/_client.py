@@ -1,6 +1,5 @@
 """The clients: the same names, the same answers; one blocks, the other is awaited."""
 
-import asyncio
 import collections
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
@@ -208,6 +207,8 @@ class AsyncClient:
         abstain_below: float | None = None,
     ) -> Prediction:
         """Classify one image; see Client.classify. What has to be read or encoded is, in a thread."""
+        import asyncio  # noqa: PLC0415  # it takes long to import, and who has a Client needs none
+
         content = image if isinstance(image, bytes) else await asyncio.to_thread(encoded, image)
         conversation = _protocol.predict(
             self._options,
@@ -231,6 +232,8 @@ class AsyncClient:
         concurrency: int = 8,
     ) -> AsyncIterator[Answer]:
         """Classify images, `concurrency` at a time, and give their answers in order; see Client.classify_many."""
+        import asyncio  # noqa: PLC0415  # as above
+
         _check(concurrency)
         running = asyncio.Semaphore(concurrency)
 
@@ -293,6 +296,8 @@ class AsyncClient:
         await self.close()
 
     async def _run(self, conversation: Conversation[_T]) -> _T:
+        import asyncio  # noqa: PLC0415  # as above
+
         outcome: Outcome = None
         while True:
             try:
