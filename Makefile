@@ -21,8 +21,9 @@ serve: $(SERVE)/installed
 
 install: $(DEV)/installed
 
+# Two processes, each with files of its own: many tests wait for a server. By itself, pytest runs them one by one.
 test: $(DEV)/installed
-	$(DEV)/bin/python -m pytest
+	$(DEV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 # mypy does not follow setuptools' editable hook, so the folders are linked under the name that they are imported by.
 links:

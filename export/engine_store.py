@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from resnet_ensemble.export import engines, golden, host, sealed
 from resnet_ensemble.export.bundle import Bundle, Member
@@ -59,6 +60,21 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Engines that were found to be FP32's ensemble together (choice.py). Errors in %, None without labels."""
+
+    engines: dict[str, str]  # SHA-256 by member; one that is missing gets FP32, compiled when a server starts
+    among: str  # a hash of what was chosen from
+    pictures: str  # a hash of what was compared on
+    images: int
+    agreement: float
+    difference: float
+    error: float | None
+    reference_error: float | None
+    refused: int  # combinations that would have been faster
+
+
+@dataclass(frozen=True)
 class Stored:
     """A valid engine: what was found of it, and its file's content."""
 
@@ -72,6 +88,7 @@ class EngineStore:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self._records: dict[str, Record] | None = None
+        self._choice: Choice | None = None
         path = bundle.path.resolve()
         self.folder = path.with_name(f"{path.name}.engines")
 
@@ -91,41 +108,76 @@ class EngineStore:
             return None
         return self._read(record)
 
-    def best(self, member: Member, backend: str | None = None) -> Stored | None:
-        """The fastest valid engine that passed the gate, of one backend or of all that are installed."""
-        passed = [
+    def passed(self, member: Member, backend: str | None = None) -> list[Record]:
+        """Of the valid engines that passed the gate, the fastest first; of one backend or of all that are installed."""
+        found = [
             record
             for name, precision in engines.available()
             if backend in (None, name)
             and (record := self.current(member, name, precision))
             and record.verdict == "passed"
         ]
-        passed.sort(key=lambda record: record.views_per_second[str(DECISIVE_BATCH)], reverse=True)
+        return sorted(found, key=lambda record: record.views_per_second[str(DECISIVE_BATCH)], reverse=True)
+
+    def best(self, member: Member, backend: str | None = None) -> Stored | None:
+        """The engine that was chosen for a member, or of one backend, or without a choice, the fastest that passed."""
+        passed = self.passed(member, backend)
+        choice = self.choice() if backend is None else None
+        if choice:
+            chosen = choice.engines.get(member.name)
+            if chosen is None:
+                return None
+            passed.sort(key=lambda record: record.sha256 != chosen)  # if its file is damaged, the fastest of the others
         return next(filter(None, map(self._read, passed)), None)
+
+    def choice(self) -> Choice | None:
+        """What was chosen for all members together, if all of it is still valid."""
+        self.records()
+        if self._choice is None:
+            return None
+        for member in self.bundle.manifest.members:
+            chosen = self._choice.engines.get(member.name)
+            if chosen and chosen not in {record.sha256 for record in self.passed(member)}:
+                return None
+        return self._choice
+
+    def choose(self, choice: Choice) -> None:
+        """Store a choice."""
+        self._write(self.records(), choice, {})
+        self._choice = choice
 
     def add(self, record: Record, content: bytes) -> None:
         """Store an engine and the report that names it."""
         records = self.records() | {record.key: record}
-        report = {"cpu": host.cpu(), "engines": {name: asdict(kept) for name, kept in sorted(records.items())}}
-        write_together({self.folder / record.file: content, self.folder / REPORT: sealed.dumps(report)})
+        self._write(records, self._choice, {self.folder / record.file: content})
         self._records = records
+
+    def _write(self, records: dict[str, Record], choice: Choice | None, files: dict[Path, bytes]) -> None:
+        report = {
+            "cpu": host.cpu(),
+            "engines": {name: asdict(kept) for name, kept in sorted(records.items())},
+            "choice": choice and asdict(choice),
+        }
+        write_together({**files, self.folder / REPORT: sealed.dumps(report)})
 
     def records(self) -> dict[str, Record]:
         """Everything in the report, valid or not."""
         if self._records is None:
-            self._records = self._report()
+            self._records, self._choice = self._report()
         return self._records
 
-    def _report(self) -> dict[str, Record]:
+    def _report(self) -> tuple[dict[str, Record], Choice | None]:
         file = self.folder / REPORT
         try:
             report = sealed.loads(file.read_bytes())
-            return {name: Record(**values) for name, values in report["engines"].items()}
+            records = {name: Record(**values) for name, values in report["engines"].items()}
+            choice = report.get("choice")  # which reports did not have at first
+            return records, Choice(**choice) if choice else None
         except FileNotFoundError:  # nothing was built yet
-            return {}
+            return {}, None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s is damaged or of another version, so no engine in it is used (%r); %s", file, error, REMEDY)
-            return {}
+            return {}, None
 
     def current(self, member: Member, backend: str, precision: Precision) -> Record | None:
         """The record of an engine, if it would be built in the same way now."""

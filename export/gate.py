@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from resnet_ensemble.export.bundle import Bundle, Member
 from resnet_ensemble.export.engines import Engine, Precision
 from resnet_ensemble.training.views import Preprocessing, make_views
 
+_T = TypeVar("_T")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 MOST_IMAGES = 512
 BATCH = 16
@@ -51,6 +53,10 @@ LIMITS: dict[Precision, Limit] = {
     "int8": Limit(0.95, 0.35),
     "fp8": Limit(0.95, 0.35),
 }
+# Of what an ensemble of several members answers, over ten crops (choice.py).
+ENSEMBLE = Limit(0.98, 0.35)
+# The ten crops of so many pictures take a ResNet-50 in FP32 two minutes on two cores.
+ENSEMBLE_IMAGES = 150
 # Points by which the error on labelled pictures may be higher than FP32's.
 ERROR_MARGIN = 1.0
 
@@ -62,17 +68,20 @@ class Pictures:
     - views: uint8 (n, h, w, 3); labels of each, where they are known
     - calibration: views of the same pictures to calibrate INT8 on, uint8 (m, h, w, 3)
     - identity: a hash of all that
+    - encoded: up to 150 of the pictures, for the gate of the ensemble; labels of each, where they are known
     """
 
     views: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
     calibration: NDArray[np.uint8]
     identity: str
+    encoded: tuple[bytes, ...]
+    encoded_labels: NDArray[np.int64] | None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An engine beside FP32 on the gate's views. Errors in %, None without labels."""
+    """Answers beside FP32's: an engine's to the gate's views, an ensemble's to pictures. Errors in %, or None."""
 
     views: int
     agreement: float
@@ -80,9 +89,8 @@ class Finding:
     error: float | None
     reference_error: float | None
 
-    def verdict(self, precision: Precision) -> str:
+    def verdict(self, limit: Limit) -> str:
         """`passed`, or why not."""
-        limit = LIMITS[precision]
         if not self.agreement >= limit.agreement:
             return f"top-1 agreement {self.agreement:.1%} is below {limit.agreement:.1%}"
         if not self.difference <= limit.difference:
@@ -103,15 +111,17 @@ def from_folder(folder: Path, seen: Preprocessing, labels: tuple[str, ...]) -> P
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise CalibrationError(f"no pictures in {folder} ({', '.join(SUFFIXES)})")
-    chosen = [files[i * len(files) // MOST_IMAGES] for i in range(MOST_IMAGES)] if len(files) > MOST_IMAGES else files
+    chosen = _evenly(files, MOST_IMAGES)
     each = max(1, min(len(CALIBRATION_ORDER), CALIBRATION_VIEWS // len(chosen)))
     digest = hashlib.sha256(f"{each}".encode())
     crops = []  # of each picture (each, h, w, 3), the centre first
+    encoded = []
     for path in chosen:
         content = path.read_bytes()
+        encoded.append(content)
         digest.update(hashlib.sha256(content).digest())
         try:
-            image = ImageOps.exif_transpose(Image.open(BytesIO(content))).convert("RGB")  # upright, as it is served
+            image = upright(content)
         except Exception as error:  # noqa: BLE001  # decoders raise almost anything when fed damaged files
             raise CalibrationError(f"{path} can't be decoded ({error}); remove it from the folder") from None
         crops.append(make_views(image, seen, "10crop")[list(CALIBRATION_ORDER[:each])])
@@ -119,7 +129,23 @@ def from_folder(folder: Path, seen: Preprocessing, labels: tuple[str, ...]) -> P
     known = [numbers.get(path.parent.name, -1) for path in chosen]
     found = np.array(known) if min(known) >= 0 else None
     digest.update(f"{None if found is None else known}".encode())
-    return Pictures(np.stack([crop[0] for crop in crops]), found, np.concatenate(crops), digest.hexdigest())
+    return Pictures(
+        views=np.stack([crop[0] for crop in crops]),
+        labels=found,
+        calibration=np.concatenate(crops),
+        identity=digest.hexdigest(),
+        encoded=tuple(_evenly(encoded, ENSEMBLE_IMAGES)),
+        encoded_labels=None if found is None else np.array(_evenly(found.tolist(), ENSEMBLE_IMAGES)),
+    )
+
+
+def upright(encoded: bytes) -> Image.Image:
+    """A picture as it is served: RGB, turned as its EXIF says. Decoders raise almost anything on damaged ones."""
+    return ImageOps.exif_transpose(Image.open(BytesIO(encoded))).convert("RGB")
+
+
+def _evenly(items: list[_T], most: int) -> list[_T]:
+    return [items[i * len(items) // most] for i in range(most)] if len(items) > most else items
 
 
 def _numbers(folder: Path, labels: tuple[str, ...]) -> dict[str, int]:
@@ -134,7 +160,7 @@ def from_golden(bundle: Bundle, member: Member) -> Pictures:
     pictures = bundle.manifest.golden
     views = np.concatenate([golden.views(bundle, picture, member) for picture in pictures])
     identity = hashlib.sha256("".join(picture.sha256 for picture in pictures).encode()).hexdigest()
-    return Pictures(views, None, views, identity)
+    return Pictures(views, None, views, identity, tuple(map(bundle.read, pictures)), None)
 
 
 def answers(engine: Engine, views: NDArray[np.uint8]) -> NDArray[np.float32]:

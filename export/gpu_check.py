@@ -247,7 +247,7 @@ def _parity(
         f"top-1 agreement {finding.agreement:.1%} of {finding.views} views, largest difference "
         f"{finding.difference:.1e}, of a golden probability {difference:.1e}"
     )
-    verdict = finding.verdict(precision)
+    verdict = finding.verdict(gate.LIMITS[precision])
     if verdict != "passed" or not difference <= allowed:
         raise DoesNotHold(f"{found}; {verdict}; allowed for golden probabilities: {allowed:g}")
     return None, found

@@ -71,6 +71,9 @@ def test_it_builds_verifies_and_times_every_engine_and_reuses_what_is_valid(root
     assert (first.returncode, first.stdout.count(", built")) == (0, len(found)), first.stderr
     assert (second.returncode, second.stdout.count(", reused")) == (0, len(found)), second.stderr
     assert first.stdout.count("chosen, ") == second.stdout.count("chosen, ") == len(members)
+    told = "the chosen together, over ten crops: FP32's label on 8 of 8 pictures (100.0%)"
+    assert told in first.stdout
+    assert told in second.stdout
 
 
 @pytest.fixture
@@ -121,6 +124,7 @@ def test_what_the_table_says_can_be_printed_as_json(root: Path, bundle: Path) ->
     assert {key: engine | {"note": "built"} for key, engine in report(bundle).items()} == printed["engines"]
     assert (list(printed["chosen"]), printed["without"]) == ([member], {})
     assert set(printed["chosen"].values()) <= set(printed["engines"])
+    assert (list(printed["choice"]["engines"]), printed["choice"]["agreement"]) == ([member], 1)
 
 
 def test_a_member_without_an_engine_that_passed_is_a_failure(root: Path, bundle: Path) -> None:

@@ -39,7 +39,7 @@ def test_agreement_difference_and_errors_are_those_of_the_views() -> None:
     ],
 )
 def test_the_verdict_says_what_is_wrong(changes: dict[str, float], verdict: str) -> None:
-    assert replace(FINE, **changes).verdict("int8") == verdict
+    assert replace(FINE, **changes).verdict(gate.LIMITS["int8"]) == verdict
 
 
 def test_an_answer_that_is_no_number_agrees_with_nothing() -> None:
@@ -49,14 +49,18 @@ def test_an_answer_that_is_no_number_agrees_with_nothing() -> None:
     finding = gate.compare(found, reference, None)
 
     assert (finding.agreement, finding.difference) == (0.5, 1)
-    assert finding.verdict("fp16") == "top-1 agreement 50.0% is below 99.0%"
+    assert finding.verdict(gate.LIMITS["fp16"]) == "top-1 agreement 50.0% is below 99.0%"
 
 
 def test_lower_precisions_have_wider_limits() -> None:
-    assert FINE.verdict("fp32") != "passed"
-    assert FINE.verdict("bf16") == "passed"
-    assert replace(FINE, agreement=0.96).verdict("bf16") != "passed"
-    assert replace(FINE, agreement=0.96).verdict("fp8") == replace(FINE, agreement=0.96).verdict("int8") == "passed"
+    assert FINE.verdict(gate.LIMITS["fp32"]) != "passed"
+    assert FINE.verdict(gate.LIMITS["bf16"]) == "passed"
+    worse = replace(FINE, agreement=0.96)
+    assert [worse.verdict(gate.LIMITS[precision]) == "passed" for precision in ("bf16", "fp8", "int8")] == [
+        False,
+        True,
+        True,
+    ]
     assert set(gate.LIMITS) == set(get_args(Precision))
 
 
