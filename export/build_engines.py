@@ -404,7 +404,7 @@ def _told(choice: Choice) -> str:
     text += f" ({choice.agreement:.1%}), max |dp| {choice.difference:.1e}"
     if choice.error is not None:
         text += f", error {choice.error:.2f} % (FP32: {choice.reference_error:.2f} %)"
-    return f"{text}; {choice.refused or 'no'} faster combinations did not pass"
+    return f"{text}; faster combinations that did not pass: {choice.refused}"
 
 
 def _summary(bundle: Bundle, rows: Sequence[Row], store: EngineStore, *, dry_run: bool) -> str:

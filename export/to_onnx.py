@@ -55,13 +55,13 @@ from resnet_ensemble.export.weights import Source, WeightsError
 from resnet_ensemble.training import cifar
 from resnet_ensemble.training.checkpoint import CheckpointError
 from resnet_ensemble.training.cifar import DataError
-from resnet_ensemble.training.model import multiply_adds, parameter_count
+from resnet_ensemble.training.model import FullyConvolutional, ResNet, multiply_adds, parameter_count
 from resnet_ensemble.training.views import Preprocessing, make_views
 
 OPSET = 20
 PROTOCOL = "10crop"
 # (batch, height, width) at which the exported graph must agree with torch.
-CHECKED_SHAPES = ((1, 32, 32), (5, 32, 32), (3, 40, 33), (2, 47, 64), (1, 224, 224))
+CHECKED_SHAPES = ((1, 32, 32), (5, 32, 32), (3, 40, 33), (2, 47, 64), (1, 224, 224), (1, 256, 320))
 TOLERANCE = 1e-4
 
 
@@ -72,15 +72,16 @@ class ExportError(Exception):
 class Graph(nn.Module):
     """uint8 (n, h, w, 3) → float32 (n, classes) probabilities.
 
-    A mean image, if the network was trained with one, is resized to the views.
+    Views that are larger than a crop are averaged over (training/model.py). A mean image, if the network was trained
+    with one, is resized to the views.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing, mean_image: Tensor | None = None) -> None:
+    def __init__(self, network: ResNet, preprocessing: Preprocessing, mean_image: Tensor | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network = FullyConvolutional(network, preprocessing.crop)
         self.preprocessing = preprocessing
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))

@@ -21,14 +21,14 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import WeightsEnum, get_model_weights, get_weight
 from torchvision.models.resnet import ResNet50_Weights
 
 from resnet_ensemble.export.bundle import Measured
 from resnet_ensemble.training import checkpoint, cifar
 from resnet_ensemble.training.checkpoint import Checkpoint
-from resnet_ensemble.training.model import BLOCKS, Shortcut, Stride, imagenet
+from resnet_ensemble.training.model import BLOCKS, ResNet, Shortcut, Stride, imagenet
 from resnet_ensemble.training.model import cifar as cifar_network
 from resnet_ensemble.training.recipes import new_network
 from resnet_ensemble.training.views import Preprocessing
@@ -52,7 +52,7 @@ class Source:
     """A trained network in evaluation mode, and how to use it. `dataset`: a name of cifar.DATASETS, or imagenet."""
 
     name: str
-    network: nn.Module
+    network: ResNet
     preprocessing: Preprocessing
     labels: tuple[str, ...]
     dataset: str
@@ -123,7 +123,7 @@ def from_checkpoint(saved: Checkpoint) -> Source:
     )
 
 
-def network_of(state: dict[str, Tensor], stride_at: Stride = "v1.5") -> tuple[str, nn.Module]:
+def network_of(state: dict[str, Tensor], stride_at: Stride = "v1.5") -> tuple[str, ResNet]:
     """The name and the network of a state dict with torchvision's names. Raises WeightsError."""
     try:
         stem, classes = state["conv1.weight"].shape, int(state["fc.bias"].numel())

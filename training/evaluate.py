@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -33,6 +33,7 @@ from resnet_ensemble.training.accuracy import wilson
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError
 from resnet_ensemble.training.cifar import DataError
 from resnet_ensemble.training.data import decode, scan_folders
+from resnet_ensemble.training.model import FullyConvolutional
 from resnet_ensemble.training.recipes import new_network
 from resnet_ensemble.training.views import (
     ALL_PROTOCOLS,
@@ -65,8 +66,9 @@ class Network:
         self.recipe = saved.recipe
         self.labels = saved.labels
         self._device = device
-        self._network: nn.Module = new_network(saved.recipe)
-        self._network.load_state_dict(saved.weights)
+        network = new_network(saved.recipe)
+        network.load_state_dict(saved.weights)
+        self._network = FullyConvolutional(network, saved.recipe.test_crop)
         self._network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._mean_image = saved.mean_image
 

@@ -14,6 +14,7 @@ A plain network is the same without the shortcuts. State dicts have torchvision'
 whatever was fine-tuned from them, load and save unchanged.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -125,15 +126,52 @@ class ResNet(nn.Module):
                 in_filters = expansion * filters
             self.add_module(f"layer{stage + 1}", layers)
         self.fc = nn.Linear(in_filters, classes)
+        # Pixels of a side that one place of the last map stands for: 32 for ImageNet, 4 for CIFAR.
+        self.stride = stem.stride[0] * (1 if isinstance(pool, nn.Identity) else 2) * 2 ** (len(blocks) - 1)
         self._stages = [f"layer{stage + 1}" for stage in range(len(blocks))]
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).mean(dim=(2, 3))  # (n, filters)
+        return self.fc(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is typed Any
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last map: (n, filters, h / stride, w / stride)."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))  # ImageNet: (n, 64, h/4, w/4); CIFAR: (n, 16, h, w)
         for name in self._stages:
             x = self.get_submodule(name)(x)  # each stage after the first halves h and w and doubles the filters
-        x = x.mean(dim=(2, 3))  # (n, filters)
-        return self.fc(x)  # type: ignore[no-any-return]  # nn.Module.__call__ is typed Any
+        return x
+
+
+class FullyConvolutional(nn.Module):
+    """A network at test time, for pictures that may be larger than the `crop` that it was trained on.
+
+    As in the paper's references for it (OverFeat, arXiv 1312.6229; VGG, arXiv 1409.1556), what it says of every window
+    of the last map that is as large as a crop's is averaged, before the softmax. The last layer is linear, so this is a
+    weighted mean of the map, where places in the middle, which more windows have, count more. Up to the size of a crop
+    it is the network itself. With the plain mean of the map, the error of ResNet-18 and 50 together on 143 photographs
+    (torchvision's weights, `dense`) is 20.3 % instead of 18.2, and their mean negative log likelihood 0.95 instead of
+    0.77 (2026-11-26).
+    """
+
+    def __init__(self, network: ResNet, crop: int) -> None:
+        super().__init__()
+        self.network = network
+        self.window = math.ceil(crop / network.stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.network.features(x)
+        height, width = x.shape[2:]
+        weights = self._weights(height, x)[:, None] * self._weights(width, x)  # (h, w)
+        return self.network.fc((x * weights).sum(dim=(2, 3)))  # type: ignore[no-any-return]  # as above
+
+    def _weights(self, size: int, like: Tensor) -> Tensor:
+        """Of each place in a row: the share of windows that have it."""
+        place = torch.arange(size, device=like.device)
+        last = torch.full_like(place, size - self.window).clamp(min=0)  # where the last window begins
+        first = (place - (self.window - 1)).clamp(min=0)  # that has this place
+        windows: Tensor = (torch.minimum(place, last) - first + 1).to(like.dtype)
+        return windows / windows.sum()
 
 
 def imagenet(depth: int, *, classes: int = 1000, shortcut: Shortcut = "B", stride_at: Stride = "v1.5") -> ResNet:

@@ -6,6 +6,8 @@ from torch import nn
 from resnet_ensemble.training.model import (
     BLOCKS,
     CIFAR_PARAMETERS,
+    FullyConvolutional,
+    ResNet,
     Shortcut,
     SubsampleAndPad,
     cifar,
@@ -153,6 +155,47 @@ def test_option_a_subsamples_and_appends_zero_channels() -> None:
 def test_any_number_of_classes_and_any_size(classes: int) -> None:
     assert cifar(8, classes=classes).eval()(torch.zeros(3, 3, 41, 27)).shape == (3, classes)
     assert imagenet(18, classes=classes).eval()(torch.zeros(1, 3, 65, 120)).shape == (1, classes)
+
+
+@pytest.mark.parametrize(
+    ("size", "windows"),
+    [
+        ((32, 32), (1, 1)),
+        ((48, 60), (5, 8)),
+        ((80, 32), (13, 1)),
+        ((28, 20), (1, 1)),  # no window of a crop fits: the whole map is one
+        ((28, 48), (1, 5)),
+    ],
+)
+def test_scores_are_averaged_over_the_windows_of_a_larger_picture(
+    size: tuple[int, int], windows: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    network = cifar(8).eval()
+    x = torch.randn(2, 3, *size)
+
+    with torch.inference_mode():
+        found = FullyConvolutional(network, crop=32)(x)
+        features = network.features(x)  # (2, 64, h / 4, w / 4)
+        heights, widths = (places - count + 1 for places, count in zip(features.shape[2:], windows, strict=True))
+        scores = [
+            network.fc(features[:, :, top : top + heights, left : left + widths].mean((2, 3)))
+            for top in range(windows[0])
+            for left in range(windows[1])
+        ]
+
+    assert max(heights, widths) <= 8
+    torch.testing.assert_close(found, torch.stack(scores).mean(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("network", "crop", "window"), [(imagenet(18), 224, 7), (imagenet(50), 288, 9)])
+def test_a_crop_s_scores_are_the_network_s_own(network: ResNet, crop: int, window: int) -> None:
+    dense = FullyConvolutional(network, crop).eval()
+    x = torch.randn(1, 3, crop, crop)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(dense(x), network.eval()(x), atol=1e-5, rtol=1e-5)
+    assert dense.window == window
 
 
 def test_convolutions_start_with_he_s_deviation() -> None:
