@@ -338,7 +338,7 @@ def _lone_engine(
     if cores == 1 or engine.info.backend not in ON["cpu"]:
         return None
     lone = open_with(bundle, member, settings, cores)
-    on_one, on_all = (costs.measure(each, side, 1)[1] for each in (engine, lone))
+    on_one, on_all = costs.side_by_side((engine, lone), side)
     if on_all < _SOONER * on_one:
         return lone
     lone.close()

@@ -109,6 +109,24 @@ def test_of_many_pictures_some_are_chosen_evenly(
     found = gate.from_folder(tmp_path, shipped.manifest.members[0].preprocessing, shipped.manifest.labels)
 
     assert found.views[:, 0, 0, 0].tolist() == [0, 30, 60, 90]
+    assert len(found.encoded) == 4
+
+
+def test_the_ensemble_is_compared_on_some_of_them_chosen_evenly_with_their_labels(
+    tmp_path: Path, shipped: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "ENSEMBLE_IMAGES", 2)
+    labels = shipped.manifest.labels
+    for i, label in enumerate(sorted(labels[:4])):
+        picture(tmp_path / label / "a.png", 50 * i)
+
+    found = gate.from_folder(tmp_path, shipped.manifest.members[0].preprocessing, labels)
+
+    assert found.labels is not None
+    assert found.encoded_labels is not None
+    assert found.encoded_labels.tolist() == found.labels[::2].tolist()
+    assert [gate.upright(content).getpixel((0, 0)) for content in found.encoded] == [(0, 0, 0), (100, 100, 100)]
+    assert len(found.views) == 4
 
 
 def test_few_pictures_are_calibrated_on_in_several_views_each_the_centre_first(
