@@ -39,6 +39,10 @@ class Group:
         """For each flag, whether any process has raised it."""
         return [bool(flag) for flag in self.sum(flags.int()) > 0]
 
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.any(torch.tensor([False]))
+
     def statistics(self, network: nn.Module) -> Tensor:
         """Batch norm's running statistics of all processes: (world, n)."""
         mine = torch.cat([buffer.flatten() for buffer in network.buffers() if buffer.is_floating_point()])

@@ -299,9 +299,14 @@ def write_log(path: Path, history: tuple[Epoch, ...]) -> None:
 
 
 def _save(folder: Path, saved: Checkpoint, group: Group) -> None:
-    """The first process writes the last checkpoint; after an epoch the log too, and the best checkpoint if it is it."""
-    if not group.first:
-        return
+    """The first process writes, and no other goes on before: it may end, or be asked to resume."""
+    if group.first:
+        _write(folder, saved)
+    group.wait()
+
+
+def _write(folder: Path, saved: Checkpoint) -> None:
+    """The last checkpoint; after an epoch the log too, and the best checkpoint if it is it."""
     if saved.history and not saved.progress.steps:
         last = saved.history[-1]
         write_log(folder / "log.csv", saved.history)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_ensemble.export import build_engines, engines, golden, host, to_onnx
+from resnet_ensemble.export import build_engines, engines, golden, host, sealed, to_onnx
 from resnet_ensemble.export.bundle import Bundle, BundleError, BundleInvalid
 from resnet_ensemble.export.engine_store import EngineStore, Record
 from resnet_ensemble.export.engines import Engine
@@ -191,8 +191,14 @@ def test_a_damaged_engine_is_never_served_and_is_built_again(
     assert (printed.count(", built"), printed.count(", reused")) == (1, ALL - 1)
 
 
+def forget_choice(bundle: Path) -> None:
+    file = store(bundle) / "engines.json"
+    file.write_bytes(sealed.dumps(sealed.loads(file.read_bytes()) | {"choice": None}))
+
+
 def prefer(bundle: Path, backend: str) -> None:
-    """Make the engines of one backend the fastest."""
+    """Make the engines of one backend the fastest, and what was chosen before that of nobody."""
+    forget_choice(bundle)
     kept = EngineStore(Bundle.open(bundle))
     for record in list(kept.records().values()):
         if record.backend == backend:
@@ -275,6 +281,7 @@ def test_engines_of_other_weights_are_not_served(pair: Bundle, built: Path) -> N
 
 
 def test_an_engine_that_computes_wrongly_is_refused_although_its_hash_is_right(built: Path) -> None:
+    forget_choice(built)
     kept = EngineStore(Bundle.open(built))
     right, other = (kept.records()[f"{member}/onnxruntime/fp32"] for member in ("resnet20", "resnet32"))
     content = kept_file(built, other)

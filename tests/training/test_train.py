@@ -405,7 +405,7 @@ def test_two_processes_with_half_the_batch_each_are_one_with_the_whole_batch(tmp
 
 
 STOPPED = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
 from pathlib import Path
@@ -421,6 +421,11 @@ def step_then_sigterm(*arguments):
     if calls == 3:
         os.kill(os.getpid(), signal.SIGTERM)
     return step(*arguments)
+save = train.checkpoint.save
+def save_slowly(*arguments):  # the other process must not resume before the file is there
+    time.sleep(0.5)
+    save(*arguments)
+train.checkpoint.save = save_slowly
 with processes.join() as group:
     train.train(recipe, Path("unused"), out / "whole", options)
     train.step = step_then_sigterm
