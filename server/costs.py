@@ -72,7 +72,7 @@ def side_by_side(engines: Sequence[Engine], side: int) -> list[float]:
     """Seconds of a lone square view on each engine, timed as above: they take turns, and the shortest run counts.
 
     Five runs each, however long: after one, a server that started beside others found a ResNet-18 no quicker on two
-    cores than on one, and answered lone requests in 63 ms for the rest of its life, where 37 were possible.
+    cores than on one, and answered lone requests in 63 ms for the rest of its life, where 42 were possible.
     """
     for engine in engines:
         engine.run(_views(1, side))

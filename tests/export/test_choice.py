@@ -13,8 +13,8 @@ from PIL import Image
 
 from resnet_ensemble.export import engines
 from resnet_ensemble.export.bundle import Bundle
-from resnet_ensemble.export.choice import choose
-from resnet_ensemble.export.engine_store import Choice, EngineStore, Record, fingerprint
+from resnet_ensemble.export.choice import choose, fastest_first
+from resnet_ensemble.export.engine_store import EngineStore, Record, fingerprint
 from resnet_ensemble.export.engines import EngineInfo, EngineLoadError, Precision
 from resnet_ensemble.export.gate import Pictures
 
@@ -171,6 +171,30 @@ def test_an_error_that_is_too_high_is_no_choice_although_labels_agree_often(
     assert chosen(store).count("int8") == 1
 
 
+def test_combinations_come_by_the_time_of_a_view(store: EngineStore) -> None:
+    of_members = [[add(store, member, "int8", rate, []) for rate in (40.0, 20.0, 10.0)] for member in range(2)]
+
+    found = list(fastest_first([[*records, None] for records in of_members]))
+
+    known = [sum(1 / one.views_per_second["10"] if one else 1e6 for one in combination) for combination in found]
+    assert known == sorted(known)
+    assert len({tuple(map(id, combination)) for combination in found}) == len(found) == 16
+    assert found[-1] == (None, None)
+
+
+def test_where_no_stored_fp32_runs_the_one_that_is_compiled_is_compared_with(
+    store: EngineStore, pictures: dict[str, Pictures]
+) -> None:
+    for member in range(2):
+        add(store, member, "fp32", SLOW, b"does not run here")
+        add(store, member, "int8", FAST, [1, 2, 3])
+
+    found = choose(store, pictures, given=True)
+
+    assert (found.agreement, found.refused) == (1.0, 4)  # INT8 twice, and what has an FP32 that does not run
+    assert sorted(map(str, chosen(store))) == ["None", "int8"]
+
+
 def test_an_engine_that_does_not_run_is_not_chosen(
     store: EngineStore, pictures: dict[str, Pictures], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -251,4 +275,3 @@ def test_a_report_with_a_choice_that_is_none_is_not_used(
 
     assert chosen(store) == [None, None]
     assert "is damaged or of another version" in caplog.text
-    assert isinstance(kept, Choice)

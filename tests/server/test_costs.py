@@ -74,19 +74,18 @@ def test_what_interrupts_for_a_while_does_not_hit_all_runs_of_a_size() -> None:
 
 def test_engines_that_are_compared_take_turns_and_the_shortest_run_counts() -> None:
     """The machine is busy now and then, longer than a run lasts."""
-    busy = iter([*[True] * 4, *[False] * 2, *[True] * 6])  # a warm-up and five runs each
+    busy = iter([*[True] * 4, *[False] * 4, *[True] * 4])  # a warm-up and five runs each
 
     class Busy(FakeEngine):
         def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
-            time.sleep(0.1 * next(busy))
+            time.sleep(0.2 * next(busy))
             return super().run(views)
 
     slow, quick = Busy(10, seconds_per_view=0.03), Busy(10)
 
     on_slow, on_quick = side_by_side((slow, quick), 4)
 
-    assert 0.03 <= on_slow < 0.09
-    assert on_quick < 0.02
+    assert on_quick < 0.03 <= on_slow < 0.2
     assert slow.batches == quick.batches == [1] * 6
 
 
