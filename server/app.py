@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -16,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.datastructures import QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from resnet_ensemble.server import admin, metrics, oip, openapi, uploads
 from resnet_ensemble.server.classifier import Classifier
@@ -28,7 +29,7 @@ from resnet_ensemble.server.connection import (
     service_of,
     timeout_of,
     unless_disconnected,
-    upload_limit,
+    uploaded,
 )
 from resnet_ensemble.server.envelope import Envelope
 from resnet_ensemble.server.errors import CONTENT_TYPE, KINDS, ApiError, problem
@@ -41,6 +42,7 @@ from resnet_ensemble.server.schemas import (
     Result,
     Results,
     Status,
+    Timings,
 )
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.stopping import CALIBRATED, RULES
@@ -52,29 +54,30 @@ log = logging.getLogger(__name__)
 NOT_OF_PREDICT = ("not_found", "method_not_allowed", "invalid_tensor", *admin.ONLY_HERE)
 _PATH = "/predict"
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is for the metrics
+_SERVER_TIMING = ", ".join(f"{stage};dur=%g" for stage in Timings.model_fields)
 _HTTP_CODES = {400: "malformed_request", 404: "not_found", 405: "method_not_allowed"}
 
 router = APIRouter()
 
 
-class _Direct:
+class App:
     """ASGI: a request for a prediction does not pass FastAPI's layers, which are a seventh of the event loop's work.
 
-    - layers: for all others
+    - layers: for all others, and for the beginning and the end (`layers.router.lifespan_context`)
     """
 
-    def __init__(self, layers: ASGIApp, service: Service) -> None:
-        self._layers = layers
+    def __init__(self, layers: FastAPI, service: Service) -> None:
+        self.layers = layers
         self._route = next(route for route in router.routes if isinstance(route, APIRoute) and route.path == _PATH)
         limit = service.settings.max_request_bytes
         self._predict = Envelope(_answer, metrics=service.metrics, max_request_bytes=limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == _PATH and scope["method"] == "POST":
-            scope["route"] = self._route  # as routers do
+            scope["app"], scope["route"] = self.layers, self._route  # as applications and routers do
             await self._predict(scope, receive, send)
         else:
-            await self._layers(scope, receive, send)
+            await self.layers(scope, receive, send)
 
 
 async def _answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,7 +133,7 @@ _PREDICT = {
 }
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service) -> App:
     """The application that answers for `service`."""
 
     @asynccontextmanager
@@ -139,25 +142,24 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.stop()
 
-    app = FastAPIOffline(
+    layers = FastAPIOffline(
         title="resnet-ensemble",
         description="Classifies images with the averaged ensemble of residual networks (arXiv 1512.03385).",
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.service = service
-    app.include_router(router)
-    app.include_router(oip.router)
+    layers.state.service = service
+    layers.include_router(router)
+    layers.include_router(oip.router)
     if service.settings.admin_key is not None:
-        app.include_router(admin.router)
-    app.add_middleware(Envelope, metrics=service.metrics, max_request_bytes=service.settings.max_request_bytes)
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_request)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_exception)
-    app.middleware_stack = _Direct(app.build_middleware_stack(), service)
-    return app
+        layers.include_router(admin.router)
+    layers.add_middleware(Envelope, metrics=service.metrics, max_request_bytes=service.settings.max_request_bytes)
+    layers.add_exception_handler(ApiError, _on_api_error)
+    layers.add_exception_handler(RequestValidationError, _on_invalid_request)
+    layers.add_exception_handler(HTTPException, _on_http_exception)
+    layers.add_exception_handler(ClientDisconnect, _on_disconnect)
+    layers.add_exception_handler(Exception, _on_exception)
+    return App(layers, service)
 
 
 @router.post(
@@ -177,7 +179,7 @@ async def predict(request: Request) -> Response:
     # that HTTP costs.
     service = service_of(request)
     settings = service.settings
-    options, seconds = _options(_once(request.query_params)), timeout_of(request)
+    options, seconds = _queried(request.scope["query_string"]), timeout_of(request)
     deadline = time.monotonic() + (settings.timeout_seconds if seconds is None else seconds)
     with service.lease() as classifier:
         service.check_able()
@@ -190,8 +192,7 @@ async def _predict(
 ) -> Response:
     settings = service.settings
     with service.memory.hold(body_size(request, settings.max_request_bytes)):
-        async with upload_limit(settings.upload_seconds, deadline):
-            upload = await uploads.read(request, settings)
+        upload = await uploaded(uploads.read(request, settings), settings.upload_seconds, deadline)
         if upload.fields:
             options = _options(upload.fields).model_copy(update=options.model_dump(exclude_unset=True))
         with (
@@ -279,10 +280,12 @@ async def root() -> RedirectResponse:
     return RedirectResponse("docs")
 
 
-def _once(query: QueryParams) -> QueryParams:
-    if len(query) != len(query.multi_items()):
+@lru_cache(maxsize=256)  # clients ask the same way again and again
+def _queried(query: bytes) -> Options:
+    given = QueryParams(query)
+    if len(given) != len(given.multi_items()):
         raise ApiError("invalid_option", "an option is given twice in the query")
-    return query
+    return _options(given)
 
 
 def _options(given: Mapping[str, str]) -> Options:
@@ -309,7 +312,7 @@ def _json(answer: BaseModel, headers: dict[str, str]) -> Response:
 
 def _told_in_headers(prediction: Prediction) -> dict[str, str]:
     return {
-        "Server-Timing": ", ".join(f"{stage};dur={value:g}" for stage, value in prediction.timings_ms),
+        "Server-Timing": _SERVER_TIMING % tuple(vars(prediction.timings_ms).values()),
         "X-Protocol": prediction.protocol,
         "X-Stop-Rule": prediction.stop_rule,
         "X-Views-Used": str(prediction.views_used),

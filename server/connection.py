@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Request
@@ -49,8 +48,10 @@ Leased = Annotated[Classifier, Depends(_leased, scope="function")]
 
 def timeout_of(request: Request) -> float | None:
     """What the header says, for a route without FastAPI's parameters. Raises ApiError("invalid_option")."""
+    if (given := request.headers.get(TIMEOUT)) is None:
+        return None
     try:
-        return _timeout.validate_python(request.headers.get(TIMEOUT))
+        return _timeout.validate_python(given)
     except ValidationError as error:
         raise ApiError("invalid_option", f"{TIMEOUT}: {error.errors()[0]['msg']}") from None
 
@@ -66,16 +67,15 @@ def body_size(request: Request, largest: int) -> int:
     return min(int(length), largest) if length.isdecimal() else largest
 
 
-@asynccontextmanager
-async def upload_limit(allowed: float, deadline: float) -> AsyncIterator[None]:
-    """For a body that is read in the block: it may take `allowed` seconds, and no longer than the request has.
+async def uploaded(reading: Awaitable[_T], allowed: float, deadline: float) -> _T:
+    """Await the reading of a body. It may take `allowed` seconds, and no longer than the request has.
 
     Raises ApiError: "slow_upload", "deadline_exceeded".
     """
     left = deadline - time.monotonic()
     try:
         async with asyncio.timeout(min(allowed, left)):
-            yield
+            return await reading
     except TimeoutError:
         if left < allowed:
             detail = "the request's body did not arrive in the time that the request has"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+_FEW = 100  # classes that are all sorted sooner than the largest are found
+
 
 @dataclass(frozen=True)
 class Average:
@@ -54,9 +56,10 @@ def uncertainty(mean: Average) -> tuple[float, float]:
 
 def top(probabilities: NDArray[np.float64], count: int) -> list[int]:
     """Indices of the `count` largest, largest first; of equals the lower first, so that answers are repeatable."""
-    candidates = np.arange(len(probabilities))
-    if count < len(probabilities):  # no need to sort a thousand classes
-        candidates = np.flatnonzero(probabilities >= np.partition(probabilities, -count)[-count])
+    if not count < len(probabilities) > _FEW:
+        few: list[int] = np.argsort(-probabilities, kind="stable")[:count].tolist()
+        return few
+    candidates = np.flatnonzero(probabilities >= np.partition(probabilities, -count)[-count])
     order = np.argsort(-probabilities[candidates], kind="stable")
     found: list[int] = candidates[order[:count]].tolist()
     return found

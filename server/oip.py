@@ -27,7 +27,7 @@ from resnet_ensemble.server.connection import (
     client_of,
     service_of,
     unless_disconnected,
-    upload_limit,
+    uploaded,
 )
 from resnet_ensemble.server.errors import KINDS, ApiError
 from resnet_ensemble.server.models import Model
@@ -225,11 +225,15 @@ async def _body(request: Request, service: Service, held: ExitStack, deadline: f
             "unsupported_media_type", f"the content encoding is {encoding[:100]!r}; gzip and deflate are known"
         )
     held.enter_context(service.memory.hold(body_size(request, settings.max_request_bytes)))
-    body = bytearray()
-    async with upload_limit(settings.upload_seconds, deadline):
-        async for chunk in request.stream():
-            body += chunk
+    body = await uploaded(_whole(request), settings.upload_seconds, deadline)
     return body if encoding == "identity" else await _decompress(body, encoding, service, held)
+
+
+async def _whole(request: Request) -> bytearray:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+    return body
 
 
 async def _decompress(body: bytearray, encoding: str, service: Service, held: ExitStack) -> bytearray:

@@ -39,11 +39,13 @@ class LimitedHttp(HttpToolsProtocol):
             self._head += len(data)
             if self._head > MAX_HEAD_BYTES:
                 self.transport.abort()
+            elif self._timer is None:  # most heads arrive whole and need none
+                self._wait()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._arrived()
-        self._wait()
+        self._in_head, self._head = True, 0
 
     def on_headers_complete(self) -> None:
         self._arrived()
@@ -55,7 +57,6 @@ class LimitedHttp(HttpToolsProtocol):
         super().on_message_complete()
 
     def _wait(self) -> None:
-        self._in_head, self._head = True, 0
         self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def _arrived(self) -> None:

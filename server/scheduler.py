@@ -147,6 +147,8 @@ class Scheduler:
 
         And those whose engine hangs.
         """
+        if not self._down and not self._hung:  # as nearly always: then the event loop does not wait for a lock
+            return {}
         with self._lock:
             return self._down | {run.what.member: "it does not end a run" for run in self._hung.values()}
 
