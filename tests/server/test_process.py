@@ -122,6 +122,16 @@ def test_a_client_that_offers_another_protocol_is_answered_in_this_one(shipped: 
             assert answer.status_code == 200, answer.text
 
 
+def test_a_connection_stays_open_for_longer_than_clients_keep_theirs() -> None:
+    with process(RESNET_BACKEND="fake") as (_, url), socket.socket() as connection:
+        wait_until_ready(url)
+        connection.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        for pause in (5.5, 0):  # uvicorn closes after 5 s by itself, as httpx does
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+            time.sleep(pause)
+
+
 def test_a_client_that_leaves_takes_its_views_out_of_the_queue(shipped: Bundle) -> None:
     ship = (shipped.path / "golden" / "ship.png").read_bytes()
     with process(RESNET_MAX_IMAGES_PER_REQUEST=str(MANY), RESNET_STREAMS="1") as (_, url), httpx2.Client() as client:
