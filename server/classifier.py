@@ -297,8 +297,6 @@ class Classifier:
         return {"label": self._manifest.labels[index], "index": index, "probability": probability}
 
 
-# Of the time on one core, what every core may take for a lone view, which is worth the memory of a second engine.
-_SOONER = 0.9
 _NEVER = 7 * 24 * 3600.0  # seconds
 
 
@@ -348,16 +346,13 @@ def _cost(bundle: Bundle, member: Member, engine: Engine, settings: Settings) ->
 def _lone_engine(
     bundle: Bundle, member: Member, engine: Engine, settings: Settings, open_with: Opener
 ) -> Engine | None:
-    """The same on every core, for a view that nothing runs beside, if it is answered sooner so."""
+    """The same on every core, for views that nothing runs beside, warm. None where there is one core, or a GPU."""
     cores, side = host.cores(), member.preprocessing.crop
     if cores == 1 or engine.info.backend not in ON["cpu"]:
         return None
     lone = open_with(bundle, member, settings, cores)
-    on_one, on_all = costs.side_by_side((engine, lone), side)
-    if on_all < _SOONER * on_one:
-        return lone
-    lone.close()
-    return None
+    lone.run(np.zeros((1, side, side, 3), np.uint8))
+    return lone
 
 
 def load(settings: Settings, metrics: Metrics, open_with: Opener = open_engine) -> Classifier:

@@ -1,7 +1,7 @@
 """What a view costs on each engine: from what build_engines.py recorded, otherwise measured at start."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,18 +66,6 @@ def measure(engine: Engine, side: int, largest: int | None = None) -> dict[int, 
             if sum(seconds) < _TIMED:
                 seconds.append(_seconds(engine, _views(size, side)))
     return {size: min(seconds) for size, seconds in timings.items()}
-
-
-def side_by_side(engines: Sequence[Engine], side: int) -> list[float]:
-    """Seconds of a lone square view on each engine, timed as above: they take turns, and the shortest run counts.
-
-    Five runs each, however long: after one, a server that started beside others found a ResNet-18 no quicker on two
-    cores than on one, and answered lone requests in 63 ms for the rest of its life, where 42 were possible.
-    """
-    for engine in engines:
-        engine.run(_views(1, side))
-    turns = [[_seconds(engine, _views(1, side)) for engine in engines] for _ in range(_RUNS)]
-    return [min(seconds) for seconds in zip(*turns, strict=True)]
 
 
 def up_to(largest: int | None, timings: Mapping[int, float]) -> dict[int, float]:

@@ -29,6 +29,7 @@ from resnet_ensemble.export import host
 from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.server.dispatch import Batch, Blocks, Decoding, Dispatcher, Job, Tally
 from resnet_ensemble.server.hangs import Run, Runs
+from resnet_ensemble.server.lone import Lone
 from resnet_ensemble.server.plan import Plan
 from resnet_ensemble.server.stopping import SLACK, StopRule
 
@@ -80,7 +81,8 @@ def _roles(streams: int, decoders: int, *, shared: bool) -> list[_Role]:
 class Scheduler:
     """Runs jobs on one engine a member.
 
-    - lone: of each member, an engine for views that nothing else runs beside, or None; one that fails is not used again
+    - lone: of each member, an engine for views that nothing else runs beside, or None (lone.py says when it is used);
+      one that fails is not used again
     - classes, streams, batch_pixels, max_wait, max_bytes: as in Dispatcher
     - decoders: images that are decoded side by side
     - shared: whether engines run on the cores that decode
@@ -107,7 +109,7 @@ class Scheduler:
         observer: Observer | None = None,
     ) -> None:
         self._engines = list(engines)
-        self._lone: list[Engine | None] = list(lone) if lone else [None] * len(self._engines)
+        self._lone = [None if engine is None else Lone(engine) for engine in lone or [None] * len(self._engines)]
         self._classes = classes
         self._probes = probes
         self._open = reopen
@@ -309,9 +311,10 @@ class Scheduler:
         engine = self._engines[batch.member]
         alone = self._decide.images <= 1 and not self._decide.waiting_views and not self._running.total()
         lone = self._lone[batch.member] if alone else None
+        on_all = lone is not None and lone.takes_next()
         self._running[batch.member] += 1
         self._runs.begin(threading.get_ident(), batch, batch.seconds, time.monotonic())
-        return lambda: self._run(batch, engine, lone)
+        return lambda: self._run(batch, engine, lone, on_all=on_all)
 
     def _decode(self, decoding: Decoding) -> None:
         began, blocks, failure = time.monotonic(), None, None
@@ -329,13 +332,13 @@ class Scheduler:
         if failure is not None:
             self.fail(decoding.job, failure)
 
-    def _run(self, batch: Batch, engine: Engine, lone: Engine | None) -> None:
+    def _run(self, batch: Batch, engine: Engine, lone: Lone | None, *, on_all: bool) -> None:
         began = formed = time.monotonic()
         try:
             arrays = [part.views for part in batch.parts]
             views = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
             formed = time.monotonic()
-            probabilities = self._lone_answer(batch.member, lone, views) if lone else None
+            probabilities = self._lone_answer(batch.member, lone.engine, views) if lone and on_all else None
             if probabilities is None:
                 probabilities = engine.run(views)
                 self._check(probabilities, len(views))
@@ -344,6 +347,8 @@ class Scheduler:
             return
         now = time.monotonic()
         with self._lock:
+            if lone and self._decide.images <= 1:  # still
+                lone.took((now - formed) / views.size, on_all=on_all)
             jobs = self._decide.done(batch, probabilities, now)
             self._finished(batch)
         for job in jobs:

@@ -1,4 +1,3 @@
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +9,7 @@ from resnet_ensemble.export.engine_store import EngineStore
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import costs
-from resnet_ensemble.server.costs import Cost, choose, measure, recorded, side_by_side, up_to
+from resnet_ensemble.server.costs import Cost, choose, measure, recorded, up_to
 
 
 def test_batches_are_no_larger_than_throughput_needs() -> None:
@@ -70,23 +69,6 @@ def test_what_interrupts_for_a_while_does_not_hit_all_runs_of_a_size() -> None:
             return super().run(views)
 
     assert max(measure(Interrupted(10), 4).values()) < 0.02
-
-
-def test_engines_that_are_compared_take_turns_and_the_shortest_run_counts() -> None:
-    """The machine is busy now and then, longer than a run lasts."""
-    busy = iter([*[True] * 4, *[False] * 4, *[True] * 4])  # a warm-up and five runs each
-
-    class Busy(FakeEngine):
-        def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
-            time.sleep(0.2 * next(busy))
-            return super().run(views)
-
-    slow, quick = Busy(10, seconds_per_view=0.03), Busy(10)
-
-    on_slow, on_quick = side_by_side((slow, quick), 4)
-
-    assert on_quick < 0.03 <= on_slow < 0.2
-    assert slow.batches == quick.batches == [1] * 6
 
 
 def test_what_was_recorded_when_the_engine_was_built_is_not_measured_again(

@@ -316,13 +316,22 @@ def test_every_run_is_reported() -> None:
 # Views that nothing else runs beside
 
 
-def test_a_view_that_nothing_runs_beside_goes_to_the_engine_for_all_cores() -> None:
-    one, all_cores = FakeEngine(CLASSES), FakeEngine(CLASSES)
+def test_views_that_nothing_runs_beside_go_to_the_engine_for_all_cores_if_that_is_sooner() -> None:
+    one, all_cores = FakeEngine(CLASSES, seconds_per_view=0.02), FakeEngine(CLASSES)
     with scheduler(one, lone=[all_cores]) as running:
-        for _ in range(3):
+        for _ in range(20):
             assert submit(running, 255, n=1).future.result(10).sums.argmax() == CLASSES - 1
 
-    assert (one.batches, all_cores.batches) == ([], [1, 1, 1])
+    assert (len(one.batches), len(all_cores.batches)) == (5, 15)
+
+
+def test_they_stay_on_one_core_if_that_is_sooner() -> None:
+    one, all_cores = FakeEngine(CLASSES), FakeEngine(CLASSES, seconds_per_view=0.02)
+    with scheduler(one, lone=[all_cores]) as running:
+        for _ in range(20):
+            assert submit(running, 255, n=1).future.result(10).sums.argmax() == CLASSES - 1
+
+    assert (len(one.batches), len(all_cores.batches)) == (15, 5)
 
 
 def test_what_runs_beside_another_stays_on_one_core() -> None:

@@ -1,0 +1,43 @@
+from collections import Counter
+
+from resnet_ensemble.export.engines.fake import FakeEngine
+from resnet_ensemble.server.lone import Lone
+
+
+def serve(lone: Lone, views: int, on_all: float, on_one: float) -> Counter[bool]:
+    """How many of so many views were run on every core, and on one, where they take so many seconds."""
+    turns: Counter[bool] = Counter()
+    for _ in range(views):
+        turns[taken := lone.takes_next()] += 1
+        lone.took(on_all if taken else on_one, on_all=taken)
+    return turns
+
+
+def test_both_have_five_turns_and_then_the_sooner_one_has_all_but_one_of_200() -> None:
+    assert serve(Lone(FakeEngine(10)), 10, 0.1, 0.2) == {True: 5, False: 5}
+    assert serve(Lone(FakeEngine(10)), 2010, 0.1, 0.2) == {True: 1995, False: 15}
+    assert serve(Lone(FakeEngine(10)), 2010, 0.2, 0.1) == {True: 15, False: 1995}
+
+
+def test_an_engine_that_was_interrupted_now_and_then_is_not_given_up() -> None:
+    lone = Lone(FakeEngine(10))
+    for seconds in (0.1, 9.0, 0.1, 9.0, 0.1):
+        lone.took(seconds, on_all=True)
+        lone.took(0.2, on_all=False)
+
+    assert serve(lone, 100, 0.1, 0.2) == {True: 100}
+
+
+def test_a_host_that_has_changed_is_noticed() -> None:
+    lone = Lone(FakeEngine(10))
+    serve(lone, 100, 0.3, 0.2)
+
+    serve(lone, 1000, 0.1, 0.2)
+
+    assert serve(lone, 100, 0.1, 0.2)[True] >= 99
+
+
+def test_runs_that_something_was_beside_do_not_count() -> None:
+    lone = Lone(FakeEngine(10))
+
+    assert all(lone.takes_next() for _ in range(100))
