@@ -2,7 +2,7 @@
 
 Both give the same answer, so served views are what is measured. At start, a server that measured while others started
 on the same cores found a ResNet-18 no quicker on two cores than on one, even in five runs of each side by side, and
-answered lone requests in 58 ms for the rest of its life, where 36 were possible.
+answered lone requests in 54 ms for the rest of its life, where 36 were possible.
 """
 
 from collections import deque

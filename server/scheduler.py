@@ -78,6 +78,14 @@ def _roles(streams: int, decoders: int, *, shared: bool) -> list[_Role]:
     return [_Role("engine", decodes=False, runs=True)] * streams + [decoder] * decoders
 
 
+class _Turn(NamedTuple):
+    """Of a view that nothing else runs beside."""
+
+    lone: Lone
+    on_all: bool  # cores
+    begun: int  # how much had been begun when it was
+
+
 class Scheduler:
     """Runs jobs on one engine a member.
 
@@ -123,6 +131,7 @@ class Scheduler:
         self._run_ended = threading.Condition(self._lock)  # for who waits until an engine is not used any more
         self._running: Counter[int] = Counter()  # batches on each member's engine
         self._decoding = 0  # images
+        self._begun = 0  # runs and images to decode, since the start
         self._down: dict[int, str] = {}  # members whose engine is being opened anew, and why it has not succeeded yet
         self._runs: Runs[Batch] = Runs(run_limit)  # by the thread that runs it
         self._hung: dict[Hashable, Run[Batch]] = {}  # of these, the overdue, when they were looked at last
@@ -290,6 +299,7 @@ class Scheduler:
                     return None
                 self._asleep[role].append(woken)
                 woken.wait()
+            self._begun += 1
             begun = self._begin_decoding(work) if isinstance(work, Decoding) else self._begin(work)
             self._wake()
             return begun
@@ -311,10 +321,10 @@ class Scheduler:
         engine = self._engines[batch.member]
         alone = self._decide.images <= 1 and not self._decide.waiting_views and not self._running.total()
         lone = self._lone[batch.member] if alone else None
-        on_all = lone is not None and lone.takes_next()
+        turn = _Turn(lone, lone.takes_next(), self._begun) if lone else None
         self._running[batch.member] += 1
         self._runs.begin(threading.get_ident(), batch, batch.seconds, time.monotonic())
-        return lambda: self._run(batch, engine, lone, on_all=on_all)
+        return lambda: self._run(batch, engine, turn)
 
     def _decode(self, decoding: Decoding) -> None:
         began, blocks, failure = time.monotonic(), None, None
@@ -332,13 +342,13 @@ class Scheduler:
         if failure is not None:
             self.fail(decoding.job, failure)
 
-    def _run(self, batch: Batch, engine: Engine, lone: Lone | None, *, on_all: bool) -> None:
+    def _run(self, batch: Batch, engine: Engine, turn: _Turn | None) -> None:
         began = formed = time.monotonic()
         try:
             arrays = [part.views for part in batch.parts]
             views = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
             formed = time.monotonic()
-            probabilities = self._lone_answer(batch.member, lone.engine, views) if lone and on_all else None
+            probabilities = self._lone_answer(batch.member, turn.lone.engine, views) if turn and turn.on_all else None
             if probabilities is None:
                 probabilities = engine.run(views)
                 self._check(probabilities, len(views))
@@ -347,8 +357,8 @@ class Scheduler:
             return
         now = time.monotonic()
         with self._lock:
-            if lone and self._decide.images <= 1:  # still
-                lone.took((now - formed) / views.size, on_all=on_all)
+            if turn and turn.begun == self._begun:  # nothing has been begun beside it
+                turn.lone.took((now - formed) / views.size, on_all=turn.on_all)
             jobs = self._decide.done(batch, probabilities, now)
             self._finished(batch)
         for job in jobs:
