@@ -301,12 +301,14 @@ _NEVER = 7 * 24 * 3600.0  # seconds
 
 
 async def _end_of(job: Job) -> Tally:
-    """As asyncio.wrap_future, without what it does for other cases: cancelling goes through `release` here."""
+    """As asyncio.wrap_future, for less: what cancels this one goes through `release`."""
     loop = asyncio.get_running_loop()
-    ended = loop.create_future()
+    ended: asyncio.Future[None] = loop.create_future()
 
     def tell() -> None:
-        if not ended.done():  # it may have been cancelled meanwhile
+        if job.future.cancelled():
+            ended.cancel()
+        elif not ended.done():  # it may have been cancelled meanwhile
             ended.set_result(None)
 
     job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(tell))
