@@ -194,7 +194,10 @@ def test_a_crop_s_scores_are_the_network_s_own(network: ResNet, crop: int, windo
     x = torch.randn(1, 3, crop, crop)
 
     with torch.inference_mode():
-        torch.testing.assert_close(dense(x), network.eval()(x), atol=1e-5, rtol=1e-5)
+        found, scores = dense(x), network.eval()(x)
+
+    # Sums in another order: of scores near 0, which are sums of larger numbers, the error is that of these.
+    torch.testing.assert_close(found, scores, atol=1e-5 * scores.abs().max().item(), rtol=1e-5)
     assert dense.window == window
 
 
