@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx2
@@ -123,12 +124,15 @@ def test_a_client_that_offers_another_protocol_is_answered_in_this_one(shipped: 
 
 
 def test_a_connection_stays_open_for_longer_than_clients_keep_theirs() -> None:
-    with process(RESNET_BACKEND="fake") as (_, url), socket.socket() as connection:
+    with process(RESNET_BACKEND="fake") as (_, url), closing(HTTPConnection(url.removeprefix("http://"))) as connection:
         wait_until_ready(url)
-        connection.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        connection.connect()
+        only = connection.sock
         for pause in (5.5, 0):  # uvicorn closes after 5 s by itself, as httpx does
-            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+            connection.request("GET", "/livez")
+            with connection.getresponse() as answer:
+                assert (answer.status, answer.read()) == (200, b'{"status":"ok"}')
+            assert connection.sock is only  # it opens another by itself where one was closed
             time.sleep(pause)
 
 
