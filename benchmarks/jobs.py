@@ -125,8 +125,11 @@ class Worker(Processes):
 
 def serve_jobs(do: Callable[..., dict[str, Any]]) -> None:
     """In the worker: do each job that comes, until there are no more."""
-    for line in sys.stdin:
-        print(json.dumps(do(**json.loads(line))), flush=True)
+    # Unbuffered, as PYTHONUNBUFFERED makes it, sys.stdout drops what a write leaves over that was interrupted, as
+    # uvloop's io_uring does.
+    with open(sys.stdout.fileno(), "w", closefd=False) as answers:  # a file that is open already
+        for line in sys.stdin:
+            print(json.dumps(do(**json.loads(line))), file=answers, flush=True)
 
 
 def machine_busy_seconds() -> float:

@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import uvloop
 
 from benchmarks.jobs import serve_jobs
 
@@ -84,8 +86,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Asyncio calls it."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         """Asyncio calls it."""
@@ -263,7 +264,7 @@ def main() -> None:
     pictures = [file.read_bytes() for file in sorted(parser.parse_args().pictures.iterdir())]
     with suppress(PermissionError):  # whoever may do it: so that a wait for the server's cores is not the server's
         os.nice(_FIRST)
-    serve_jobs(lambda **job: asyncio.run(_do(pictures, **job)))
+    serve_jobs(lambda **job: uvloop.run(_do(pictures, **job)))
 
 
 if __name__ == "__main__":

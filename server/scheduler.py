@@ -5,7 +5,8 @@ waiting, so batches fill by themselves under load. New work wakes one worker, an
 the next: a thread that is woken in vain costs as much as many a small thing that it could do.
 
 On a CPU, engines and decoders want the same cores, so the same workers do both, and mostly run themselves what they
-have decoded. A GPU has workers of its own, which wait for it while others decode.
+have decoded. Where there are as many as cores, each keeps to one. A GPU has workers of its own, which wait for it while
+others decode.
 
 When a run fails, the engine is asked for a view that it has answered before. If it does, the images are to blame, and
 are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while other
@@ -63,18 +64,20 @@ class Observer:
 
 
 class _Role(NamedTuple):
-    """What a worker does."""
+    """What a worker does. `keeps`: to a core of its own."""
 
     name: str
     decodes: bool
     runs: bool
+    keeps: bool = False
 
 
 def _roles(streams: int, decoders: int, *, shared: bool) -> list[_Role]:
     """Of each worker."""
     decoder = _Role("decoder", decodes=True, runs=False)
     if shared:
-        return [_Role("engine", decodes=True, runs=True)] * streams + [decoder] * (decoders - streams)
+        keeps = streams == host.cores()
+        return [_Role("engine", decodes=True, runs=True, keeps=keeps)] * streams + [decoder] * (decoders - streams)
     return [_Role("engine", decodes=False, runs=True)] * streams + [decoder] * decoders
 
 
@@ -139,7 +142,7 @@ class Scheduler:
         self._closing, self._closed = threading.Event(), threading.Event()
         self._reopening: list[threading.Thread] = []
         self._workers = [
-            threading.Thread(target=self._work, args=(role,), name=f"{role.name}-{i}", daemon=True)
+            threading.Thread(target=self._work, args=(role, i), name=f"{role.name}-{i}", daemon=True)
             for i, role in enumerate(roles)
         ]
         self._watcher = threading.Thread(target=self._watch, name="engine-watcher", daemon=True)
@@ -282,8 +285,10 @@ class Scheduler:
             while asleep:
                 asleep.pop().notify()
 
-    def _work(self, role: _Role) -> None:
+    def _work(self, role: _Role, number: int) -> None:
         host.give_way()
+        if role.keeps:
+            host.keep_to_core(number)
         woken = threading.Condition(self._lock)
         while (work := self._next(role, woken)) is not None:
             work()
@@ -425,6 +430,7 @@ class Scheduler:
         return True
 
     def _reopen(self, member: int) -> None:
+        host.leave_core()  # of the worker that started it: an engine's threads would stay there
         with self._lock:
             while self._running[member]:
                 self._run_ended.wait()

@@ -28,11 +28,8 @@ class Settings(BaseSettings):
     """The TCP port to listen on."""
     backend: Literal["auto", "onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt", "fake"] = "auto"
     """What runs the members: the fastest that build_engines found right, one by name, or `fake`, without weights."""
-    # While one waits for the interpreter lock, another computes: with three on two cores 5 % more single views a second
-    # for 8 clients, and 3 % for 32, at the same p99 (eight rounds); ten crops of four members 0.99 to 1.05 times with
-    # `full`, but 0.92 and 0.97 with `exact` (five noisy rounds; CIFAR-10, FP32, two Zen 3 cores, 2026-11-26).
-    streams: int = Field(default_factory=lambda: cores() + 1, ge=1)
-    """Engine runs side by side. The default is one more than the cores that this process may use."""
+    streams: int = Field(default_factory=cores, ge=1)
+    """Engine runs side by side. By default one for each core that this process may use; these keep to their core."""
     max_batch: int | None = Field(default=None, ge=1)
     """Views in one engine run. By default the fewest that have nearly the best throughput, as measured."""
     protocol: ProtocolName | None = None

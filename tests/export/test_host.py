@@ -41,6 +41,33 @@ def test_cores_are_at_most_those_of_the_affinity() -> None:
     assert 1 <= host.cores() <= len(os.sched_getaffinity(0))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+@pytest.mark.parametrize("number", [0, 1, 1000])
+@pytest.mark.parametrize("quota", [None, 1])
+def test_a_thread_keeps_to_one_core_without_a_quota(
+    monkeypatch: pytest.MonkeyPatch, number: int, quota: int | None
+) -> None:
+    monkeypatch.setattr(host, "_quota", lambda _: quota)
+    ours, cores, found = os.sched_getaffinity(0), host.cores(), []
+
+    def look() -> None:
+        found.append((os.sched_getaffinity(0), host.cores()))
+
+    def keep() -> None:
+        host.keep_to_core(number)
+        look()
+        host.leave_core()
+        look()
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    thread.join()
+
+    kept = {sorted(ours)[number % len(ours)]} if cores == len(ours) else ours
+    assert found == [(kept, cores), (ours, cores)]
+    assert os.sched_getaffinity(0) == ours
+
+
 def test_the_cpu_is_described_in_one_line() -> None:
     assert host.cpu()
     assert "\n" not in host.cpu()

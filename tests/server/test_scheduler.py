@@ -1,5 +1,6 @@
 """The scheduler's threads with fake engines: every job answered once, failures isolated, dead engines replaced."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from resnet_ensemble.export import host
 from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.admission import Overloaded
@@ -44,6 +46,20 @@ class Sure(FakeEngine):
     def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
         super().run(views)
         return np.eye(CLASSES, dtype=np.float32)[[4] * len(views)]
+
+
+class Together(FakeEngine):
+    """Answers when so many threads run it at once. `cpus`: what each of them was allowed to use."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(CLASSES)
+        self.cpus: list[set[int]] = []
+        self._all = threading.Barrier(threads)
+
+    def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.cpus.append(os.sched_getaffinity(0))
+        self._all.wait(10)
+        return super().run(views)
 
 
 def never(_: int) -> Engine:
@@ -414,6 +430,35 @@ def test_while_an_engine_is_opened_anew_it_is_down_and_others_go_on() -> None:
         opening.set()
         assert job.future.result(10).views.tolist() == [10, 10]
         assert running.down == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+@pytest.mark.parametrize("more", [0, 1])
+def test_workers_keep_to_a_core_each_where_there_are_as_many(more: int) -> None:
+    ours = os.sched_getaffinity(0)
+    engine = Together(host.cores() + more)
+    with scheduler(engine, streams=host.cores() + more) as running:
+        wait([submit(running, 0, n=1).future for _ in range(host.cores() + more)])
+
+    everywhere = more or len(ours) > host.cores()  # a quota
+    assert sorted(map(sorted, engine.cpus)) == (
+        [sorted(ours)] * len(engine.cpus) if everywhere else [[cpu] for cpu in sorted(ours)]
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_an_engine_that_is_opened_anew_may_use_every_core() -> None:
+    dead, seen = FakeEngine(CLASSES), []
+
+    def reopen(_: int) -> Engine:
+        seen.append(os.sched_getaffinity(0))
+        return FakeEngine(CLASSES)
+
+    with scheduler(dead, streams=host.cores(), reopen=reopen) as running:
+        dead.kill()
+        submit(running, 0).future.result(10)
+
+    assert seen == [os.sched_getaffinity(0)]
 
 
 def test_opening_is_tried_again_and_what_is_down_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
