@@ -162,20 +162,26 @@ class Benchmark:
         }
         for number in tqdm(range(extent.open_rounds), "open loops", disable=None):
             for i, share in random.Random(number).sample(list(parts), len(parts)):  # noqa: S311
-                parts[i, share].append(self._open_http(servers[i], share, extent.open_seconds, seed=number))
+                rate = share * self._capacity
+                parts[i, share].append(self._open_http(servers[i], rate, extent.open_seconds, seed=number))
         return [open_loop(servers[i].name, share, share * self._capacity, found) for (i, share), found in parts.items()]
 
     def run_sustained(self) -> list[OpenLoop]:
-        """Four fifths of our capacity, for long: at even intervals, at random, and what a perfect queue would do."""
-        seconds, rate = self._extent.sustained_seconds, _SUSTAINED * self._capacity
-        cores = host.cores()
-        perfect = queued(poisson(rate, seconds, seed=0), cores / self._capacity, cores)
-        parts = {
-            EVEN: self._open_http(self._ours[ONE], _SUSTAINED, seconds, even=True),
-            RANDOM: self._open_http(self._ours[ONE], _SUSTAINED, seconds),
-            PERFECT: {"answers": {"seconds": perfect, "status": [OK] * len(perfect)}, "late": [0.0]},
-        }
-        return [open_loop(f"{name}, {seconds:g} s", _SUSTAINED, rate, [part]) for name, part in parts.items()]
+        """Four fifths of our capacity, for long: at even intervals, at random, and what a perfect queue would do.
+
+        The capacity is measured just before each: machines drift, and what is above it makes every queue grow.
+        """
+        server, seconds, cores = self._ours[ONE], self._extent.sustained_seconds, host.cores()
+        found = []
+        for name in (EVEN, RANDOM):
+            capacity = self._closed_http(server, self._path(CENTER), max(self._extent.clients)).rate
+            rate = _SUSTAINED * capacity
+            parts = {name: self._open_http(server, rate, seconds, even=name == EVEN)}
+            if name == RANDOM:
+                perfect = queued(poisson(rate, seconds, seed=0), cores / capacity, cores)
+                parts[PERFECT] = {"answers": {"seconds": perfect, "status": [OK] * len(perfect)}, "late": [0.0]}
+            found += [open_loop(f"{what}, {seconds:g} s", _SUSTAINED, rate, [part]) for what, part in parts.items()]
+        return found
 
     def run_overload(self) -> Overload:
         """Several times our capacity, against a server with a limit of the wait."""
@@ -320,14 +326,14 @@ class Benchmark:
             return closed_round(answer, server.cpu_seconds() - before, server.resident_bytes())
 
     def _open_http(
-        self, server: Server, share: float, seconds: float, *, seed: int = 0, even: bool = False
+        self, server: Server, rate: float, seconds: float, *, seed: int = 0, even: bool = False
     ) -> dict[str, Any]:
         with _awake(server):
             alone = self.closed.get(Cell(CENTER, server.name, 1))
             return self._ask(
                 server,
                 self._path(CENTER),
-                rate=share * self._capacity,
+                rate=rate,
                 seconds=seconds,
                 seed=seed,
                 even=even,
