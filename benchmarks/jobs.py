@@ -125,8 +125,8 @@ class Worker(Processes):
 
 def serve_jobs(do: Callable[..., dict[str, Any]]) -> None:
     """In the worker: do each job that comes, until there are no more."""
-    # Unbuffered, as PYTHONUNBUFFERED makes it, sys.stdout drops what a write leaves over that was interrupted, as
-    # uvloop's io_uring does.
+    # Unbuffered, as PYTHONUNBUFFERED makes it, sys.stdout drops what an interrupted write leaves over, as there are
+    # once uvloop has run.
     with open(sys.stdout.fileno(), "w", closefd=False) as answers:  # a file that is open already
         for line in sys.stdin:
             print(json.dumps(do(**json.loads(line))), file=answers, flush=True)

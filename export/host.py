@@ -26,9 +26,9 @@ def cores() -> int:
 def keep_to_core(number: int) -> None:
     """Let this thread, and those that it starts from now on, run on one of our cores only, counted round.
 
-    Linux leaves two busy threads on one core for milliseconds while the other is idle. Two workers that keep to a core
-    each gave 1.22 and 1.13 times the images/s of two that don't, for 8 and 32 clients, at 0.74 and 0.84 times the p99
-    (CIFAR-10 center, 16 rounds), and 1.16 and 1.18 times while another process kept a core busy (8 rounds; two Zen 3
+    Linux leaves two busy threads on one core at times while the other is idle. Two workers that keep to a core each
+    gave 1.22 and 1.13 times the images/s of two that don't, for 8 and 32 clients, at 0.74 and 0.84 times the p99
+    (CIFAR-10 center, 16 rounds), and 1.16 and 1.14 times while another process kept a core busy (8 rounds; two Zen 3
     cores, Linux 6.18, 2026-11-26). Nothing happens under a quota of less than our CPUs: others are to have the rest.
     """
     cpus = _cpus()

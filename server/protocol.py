@@ -1,7 +1,6 @@
 """HTTP/1.1 as uvicorn speaks it, but the head of a request, too, may only be so large and take so long.
 
-And with fewer system calls, of which each costs as much as a lot of Python: an answer is written at once, and reading a
-photograph does not stop half-way.
+And with fewer system calls: an answer is written at once, and reading a photograph does not stop half-way.
 """
 
 import asyncio
