@@ -24,7 +24,8 @@ _CLOSED_LOOP = (
 )
 _OPEN_LOOP = (
     "Poisson arrivals; latency counts from the moment of arrival. The share is of this server's closed-loop throughput "
-    "with the most clients: of the rounds, or just before a load of 60 s. Errors are what was not answered with 200 in time."
+    "with the most clients: of the rounds, or just before a load of 60 s. Errors are what was not answered with 200 in "
+    "time."
 )
 
 
