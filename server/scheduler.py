@@ -8,9 +8,9 @@ On a CPU, engines and decoders want the same cores, so the same workers do both,
 have decoded. Where there are as many as cores, each keeps to one. A GPU has workers of its own, which wait for it while
 others decode.
 
-When a run fails, the engine is asked for a view that it has answered before. If it does, the images are to blame, and
-are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while other
-members' work goes on. If it can't be opened, what waits for it fails, and it is tried again later.
+When a run fails, the engine is asked for a view that it has answered before (revival.py). If it does, the images are to
+blame, and are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while
+other members' work goes on. If it can't be opened, what waits for it fails, and it is tried again later.
 
 A run that does not end (hangs.py) can't be stopped: what waits for that engine fails, and nothing more is given to it.
 """
@@ -32,11 +32,10 @@ from resnet_ensemble.server.dispatch import Batch, Blocks, Decoding, Dispatcher,
 from resnet_ensemble.server.hangs import Run, Runs
 from resnet_ensemble.server.lone import Lone
 from resnet_ensemble.server.plan import Plan
-from resnet_ensemble.server.stopping import SLACK, StopRule
+from resnet_ensemble.server.revival import Revival
+from resnet_ensemble.server.stopping import StopRule
 
 log = logging.getLogger(__name__)
-
-_FIRST_DELAY, _LONGEST_DELAY = 1.0, 30.0  # seconds between attempts to open an engine
 
 
 class EngineFailure(Exception):
@@ -121,9 +120,8 @@ class Scheduler:
     ) -> None:
         self._engines = list(engines)
         self._lone = [None if engine is None else Lone(engine) for engine in lone or [None] * len(self._engines)]
-        self._classes = classes
-        self._probes = probes
-        self._open = reopen
+        self._closing, self._closed = threading.Event(), threading.Event()
+        self._revival = Revival(classes=classes, probes=probes, reopen=reopen, closing=self._closing)
         self._observer = observer or Observer()
         self._decide = Dispatcher(
             classes=classes, streams=streams, batch_pixels=batch_pixels, max_wait=max_wait, max_bytes=max_bytes
@@ -139,7 +137,6 @@ class Scheduler:
         self._runs: Runs[Batch] = Runs(run_limit)  # by the thread that runs it
         self._hung: dict[Hashable, Run[Batch]] = {}  # of these, the overdue, when they were looked at last
         self._look_every = run_limit / 4  # seconds
-        self._closing, self._closed = threading.Event(), threading.Event()
         self._reopening: list[threading.Thread] = []
         self._workers = [
             threading.Thread(target=self._work, args=(role, i), name=f"{role.name}-{i}", daemon=True)
@@ -356,7 +353,7 @@ class Scheduler:
             probabilities = self._lone_answer(batch.member, turn.lone.engine, views) if turn and turn.on_all else None
             if probabilities is None:
                 probabilities = engine.run(views)
-                self._check(probabilities, len(views))
+                self._revival.check(probabilities, len(views))
         except Exception as error:  # noqa: BLE001  # the edge between us and a backend, which may raise anything
             self._on_failure(batch, engine, error)
             return
@@ -375,7 +372,7 @@ class Scheduler:
     def _lone_answer(self, member: int, lone: Engine, views: NDArray[np.uint8]) -> NDArray[np.float32] | None:
         try:
             probabilities = lone.run(views)
-            self._check(probabilities, len(views))
+            self._revival.check(probabilities, len(views))
         except Exception:
             log.exception("member %d runs on one core again: its engine for all cores failed", member)
             with self._lock:
@@ -394,18 +391,11 @@ class Scheduler:
                 self._wake_all()
         self._run_ended.notify_all()
 
-    def _check(self, probabilities: NDArray[np.float32], views: int) -> None:
-        """Refuse what is no list of probabilities; stopping.py relies on their range."""
-        if probabilities.shape != (views, self._classes):
-            raise ValueError(f"the engine answered {probabilities.shape}, not {(views, self._classes)}")
-        if not (probabilities.min() >= -SLACK and probabilities.max() <= 1 + SLACK):  # so written, NaN is refused
-            raise ValueError("the engine answered something that is not a probability")
-
     def _on_failure(self, batch: Batch, engine: Engine, error: Exception) -> None:
         member = batch.member
         with self._lock:
             dead = self._engines[member] is not engine or member in self._down
-        dead = dead or not self._sound(member, engine)
+        dead = dead or not self._revival.is_sound(member, engine)
         with self._lock:
             beside = self._engines[member] is not engine or member in self._down
             if dead and not beside:
@@ -420,30 +410,15 @@ class Scheduler:
         self._observer.retried(len(batch.parts) - len(failed))
         self._give_up(failed, error)
 
-    def _sound(self, member: int, engine: Engine) -> bool:
-        probe = self._probes[member]
-        try:
-            self._check(engine.run(probe), len(probe))
-        except Exception:
-            log.exception("the engine of member %d fails on a view that it has answered before", member)
-            return False
-        return True
-
     def _reopen(self, member: int) -> None:
         host.leave_core()  # of the worker that started it: an engine's threads would stay there
         with self._lock:
             while self._running[member]:
                 self._run_ended.wait()
             dead = self._engines[member]
-        try:
-            dead.close()
-        except Exception:
-            log.exception("the dead engine of member %d can't be closed", member)
-        delay = _FIRST_DELAY
-        while (fresh := self._opened(member)) is None:
-            if self._closing.wait(delay):
-                return
-            delay = min(2 * delay, _LONGEST_DELAY)
+        fresh = self._revival.replace(member, dead, lambda error: self._not_reopened(member, error))
+        if fresh is None:
+            return
         with self._lock:
             self._engines[member] = fresh
             self._lone[member] = None  # it may be of another kind
@@ -451,23 +426,15 @@ class Scheduler:
             self._decide.resume(member)
             self._reopening.remove(threading.current_thread())
             self._wake_all()
-        log.warning("the engine of member %d was opened anew", member)
         self._observer.restarted(member)
 
-    def _opened(self, member: int) -> Engine | None:
-        """A sound engine, or None; then the images that wait for it are given up, since it may take long."""
-        try:
-            fresh = self._open(member)
-            self._check(fresh.run(self._probes[member]), len(self._probes[member]))
-        except Exception as error:
-            log.exception("the engine of member %d can't be opened anew", member)
-            with self._lock:
-                self._down[member] = f"{type(error).__name__}: {error}"
-                waiting = self._decide.give_up(member)
-                self._wake_all()
-            self._give_up(waiting, error)
-            return None
-        return fresh
+    def _not_reopened(self, member: int, error: Exception) -> None:
+        """The images that wait for this engine are given up: it may be long until there is one."""
+        with self._lock:
+            self._down[member] = f"{type(error).__name__}: {error}"
+            waiting = self._decide.give_up(member)
+            self._wake_all()
+        self._give_up(waiting, error)
 
     def _give_up(self, jobs: Sequence[Job], error: Exception) -> None:
         told = error if isinstance(error, EngineHung) else EngineFailure(f"{type(error).__name__}: {error}")
