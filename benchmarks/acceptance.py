@@ -26,10 +26,10 @@ class Check:
 
 
 def of_servers(closed: Closed, center: str) -> list[Check]:
-    """One member, a single view, FP32: what serving costs, beside the pipeline and beside other servers."""
+    """A single view, FP32: what serving costs, beside the pipeline and beside other servers."""
     checks = [
         _at_least(
-            f"of the pipeline's images/s at {clients}",
+            f"of the pipeline's images/s at {clients} (`{center}`)",
             ratio(closed, Cell(center, OURS, clients), Cell(center, PIPELINE, clients)),
             OF_PIPELINE,
         )
@@ -104,7 +104,7 @@ def _at_least(claim: str, value: float | None, least: float) -> Check:
 
 
 def _not_behind(closed: Closed, workload: str, peer: str, clients: int) -> Check:
-    claim = f"at {clients}, at least the images/s of {peer} at an equal or lower p99"
+    claim = f"at {clients}, at least the images/s of {peer} at an equal or lower p99 (`{workload}`)"
     ours, theirs = Cell(workload, OURS, clients), Cell(workload, peer, clients)
     rate, p99 = ratio(closed, ours, theirs), ratio(closed, ours, theirs, "p99")
     if rate is None or p99 is None:

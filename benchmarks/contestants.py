@@ -23,7 +23,7 @@ HOST = "127.0.0.1"
 # The bundles that are served: one member and all of them, in FP32 by ONNX Runtime because no engines lie beside them,
 # and the bundle as it is, with the engines that build_engines.py found the fastest.
 ONE, FP32, BUILT = "one member", "FP32", "built engines"
-CENTER = "one member, center, FP32"
+CENTER, EVERY = "one member, center, FP32", "all members, center, FP32"
 FULL, EXACT = "10crop full, FP32", "10crop exact, FP32"
 NAIVE, NAIVE_SAME, LITSERVE, LITSERVE_SINGLE = (
     "naive server",
@@ -58,6 +58,7 @@ class Workload:
 
 WORKLOADS = (
     Workload(CENTER, ONE, "center"),
+    Workload(EVERY, FP32, "center"),
     Workload(FULL, FP32, "10crop"),
     Workload(EXACT, FP32, "10crop", "exact"),
     Workload("10crop calibrated, FP32", FP32, "10crop", "calibrated"),
@@ -69,7 +70,7 @@ WORKLOADS = (
     Workload("dense exact, built engines", BUILT, "dense", "exact"),
     Workload("dense calibrated, built engines", BUILT, "dense", "calibrated"),
 )
-QUICK_WORKLOADS = ("one member, center, FP32", "10crop full, FP32", "10crop exact, FP32")
+QUICK_WORKLOADS = (CENTER, FULL, EXACT)
 
 
 class Server(Processes):

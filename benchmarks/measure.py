@@ -19,6 +19,7 @@ from benchmarks import contestants, pictures
 from benchmarks.contestants import (
     BUILT,
     CENTER,
+    EVERY,
     FULL,
     HOST,
     LITSERVE,
@@ -244,7 +245,7 @@ class Benchmark:
 
     def _wanted_peers(self, python: str) -> list[tuple[Workload, str]]:
         wanted = [(w, n) for w in self.workloads if w.name == CENTER for n in self._extent.peers]
-        wanted += [(w, n) for w in self.workloads if w.name == FULL for n in self._extent.peers_of_ensemble]
+        wanted += [(w, n) for w in self.workloads if w.name in (EVERY, FULL) for n in self._extent.peers_of_ensemble]
         if not any(name in (LITSERVE, LITSERVE_SINGLE) for _, name in wanted):
             return wanted
         command = [python, "-c", "import litserve"]
@@ -284,7 +285,7 @@ class Benchmark:
             if workload.stop == "full":
                 cells[Cell(workload.name, BARE, 0)] = self._inprocess_round(workload, "bare", 0)
             for n in self._extent.clients:
-                if workload.name == CENTER or n == max(self._extent.clients):
+                if workload.name in (CENTER, EVERY) or n == max(self._extent.clients):
                     cells[Cell(workload.name, PIPELINE, n)] = self._inprocess_round(workload, "pipeline", n)
                 ours = self._ours[workload.bundle]
                 for server in (ours, *(server for server, its in self._peers if its is workload)):

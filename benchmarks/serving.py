@@ -34,7 +34,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import acceptance, report
-from benchmarks.contestants import CENTER, EXACT, FULL
+from benchmarks.contestants import CENTER, EVERY, EXACT, FULL
 from benchmarks.jobs import ROOT, machine_busy_seconds
 from benchmarks.measure import QUICK, Benchmark, Extent
 from benchmarks.report import Results
@@ -71,15 +71,17 @@ def measure(bundle: Path, images: Path | None, peers: str, extent: Extent) -> Re
             f"times {extent.open_seconds:g} s a point",
             "other processes": f"{100 * others / seconds / (os.cpu_count() or 1):.1f} % of the CPUs",
         }
+        ensembles = [workload.name for workload in benchmark.workloads if workload.name not in (CENTER, EVERY)]
         checks = [
             *acceptance.of_servers(benchmark.closed, CENTER),
+            *acceptance.of_servers(benchmark.closed, EVERY),
             acceptance.of_stop_rules(
                 benchmark.closed,
                 FULL,
                 EXACT,
                 least=acceptance.EXACT_CIFAR10 if opened.manifest.name == _CIFAR10 else acceptance.EXACT,
             ),
-            acceptance.of_fastest(benchmark.closed, FULL, [w.name for w in benchmark.workloads if w.name != CENTER]),
+            acceptance.of_fastest(benchmark.closed, FULL, ensembles),
             *acceptance.of_sustained(sustained, benchmark.closed, CENTER),
             *acceptance.of_overload(overloaded),
         ]

@@ -104,6 +104,7 @@ def test_a_peer_must_be_reached_in_throughput_and_in_p99(rate: float, p99: float
 
     assert [check.holds for check in found] == [holds]
     assert "peer" in found[0].claim
+    assert CENTER in found[0].claim  # the same is claimed of one member and of all
 
 
 def test_the_fastest_configuration_is_found() -> None:
