@@ -60,15 +60,11 @@ class Revival:
 
         None if it is closing.
         """
-        try:
-            dead.close()
-        except Exception:
-            log.exception("the dead engine of member %d can't be closed", member)
+        _close(member, dead)
         delay = _FIRST_DELAY
         while True:
             try:
-                fresh = self._reopen(member)
-                self._probe(member, fresh)
+                fresh = self._opened(member)
             except Exception as error:
                 log.exception("the engine of member %d can't be opened anew", member)
                 on_failure(error)
@@ -79,6 +75,22 @@ class Revival:
                 return None
             delay = min(2 * delay, _LONGEST_DELAY)
 
+    def _opened(self, member: int) -> Engine:
+        fresh = self._reopen(member)
+        try:
+            self._probe(member, fresh)
+        except Exception:
+            _close(member, fresh)  # attempts go on for as long as it takes, and each would keep its memory
+            raise
+        return fresh
+
     def _probe(self, member: int, engine: Engine) -> None:
         probe = self._probes[member]
         self.check(engine.run(probe), len(probe))
+
+
+def _close(member: int, engine: Engine) -> None:
+    try:
+        engine.close()
+    except Exception:
+        log.exception("a dead engine of member %d can't be closed", member)

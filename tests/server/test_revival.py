@@ -105,6 +105,15 @@ def test_each_attempt_that_fails_is_told_and_the_next_is_made(monkeypatch: pytes
     assert len(told) == 2
 
 
+def test_an_engine_that_is_opened_and_not_sound_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revival, "_FIRST_DELAY", 0.001)
+    unsound, fresh = Closes(), Closes()
+    unsound.kill()
+
+    assert reviving(unsound, fresh).replace(1, killed(), lambda _: None) is fresh
+    assert (unsound.closed, fresh.closed) == (True, False)
+
+
 def test_attempts_end_when_it_is_closing() -> None:
     closing = threading.Event()
     closing.set()
