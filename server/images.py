@@ -18,6 +18,7 @@ Zen 3 cores with AVX2 that had other work, Pillow 13.0.0, 2026-11-25.)
 
 import io
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 
@@ -37,8 +38,10 @@ MAX_ASPECT_RATIO = 100
 # scans or so.
 MAX_JPEG_SCANS = 64
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-_SCAN = re.compile(bytes((0xFF, _START_OF_SCAN)))  # bytes.count takes 2.5 times as long
-_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # in a scan's data 0xff is followed by 0x00 or a restart marker
+_SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # frames that need not be progressive: baseline, extended, with arithmetic coding
+# What has a length, or ends the image. In a scan's data, 0xff is followed by 0x00 or a restart marker; TEM (0x01) has no
+# length, either: a scan that follows it would hide others in what is taken for a length.
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _SCALES = (8, 4, 2)  # a decoder makes a JPEG so many times smaller for less than the whole costs
 _BACKGROUND = (255, 255, 255)
 
@@ -120,20 +123,25 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _check_scans(image: Image.Image, content: bytes) -> None:
-    if image.format not in ("JPEG", "MPO") or next(islice(_SCAN.finditer(content), MAX_JPEG_SCANS, None), None) is None:
-        return  # metadata and appended videos hold these two bytes by chance, so more of them are looked at closely
-    scans = _count_scans(content)
-    if scans > MAX_JPEG_SCANS:
-        raise ApiError("too_many_scans", f"the JPEG has {scans} scans; at most {MAX_JPEG_SCANS} are allowed")
+    if image.format in ("JPEG", "MPO") and len(list(islice(_scans(content), MAX_JPEG_SCANS + 1))) > MAX_JPEG_SCANS:
+        raise ApiError("too_many_scans", f"the JPEG has more than {MAX_JPEG_SCANS} scans, which is the limit")
 
 
-def _count_scans(jpeg: bytes) -> int:
-    """Scans of the first picture: its segments are walked by their lengths, its scans' data by their markers."""
-    scans, position = 0, 2
-    while (marker := _MARKER.search(jpeg, position)) and marker[1][0] != _END_OF_IMAGE:
-        scans += marker[1][0] == _START_OF_SCAN
-        position = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
-    return scans
+def _scans(jpeg: bytes) -> Iterator[int]:
+    """Where the scans of the first picture begin that a decoder reads.
+
+    Segments are walked by their lengths, scans' data by their markers.
+    """
+    position, sequential, components = 2, False, b""
+    while (marker := _MARKER.search(jpeg, position)) and (kind := marker[1][0]) != _END_OF_IMAGE:
+        start = marker.end()
+        if kind in _SEQUENTIAL:
+            sequential, components = True, jpeg[start + 7 : start + 8]
+        if kind == _START_OF_SCAN:
+            yield start
+            if sequential and jpeg[start + 2 : start + 3] == components:
+                return  # it has everything, as in most files, and nothing after it is looked at
+        position = start + int.from_bytes(jpeg[start : start + 2])
 
 
 def _turn_upright(image: Image.Image) -> None:
