@@ -24,6 +24,7 @@ HOST = "127.0.0.1"
 # and the bundle as it is, with the engines that build_engines.py found the fastest.
 ONE, FP32, BUILT = "one member", "FP32", "built engines"
 CENTER, EVERY = "one member, center, FP32", "all members, center, FP32"
+SINGLE = (CENTER, EVERY)
 FULL, EXACT = "10crop full, FP32", "10crop exact, FP32"
 NAIVE, NAIVE_SAME, LITSERVE, LITSERVE_SINGLE = (
     "naive server",

@@ -60,23 +60,26 @@ def bare(classifier: Classifier, picture: bytes, protocol: str, seconds: float) 
 
 
 async def pipeline(
-    classifier: Classifier, pictures: Sequence[bytes], options: Options, concurrency: int, seconds: float
+    classifier: Classifier, pictures: Sequence[bytes], options: Options, concurrency: int, seconds: float, least: int
 ) -> dict[str, Any]:
     """As the closed loop of load.py, with a call in place of a request. Raises ApiError."""
     latencies: list[float] = []
     began = time.perf_counter()
 
-    async def client(first: int) -> None:
-        turn = first
-        while (now := time.perf_counter()) < began + seconds:
-            (answer,) = await classifier.classify([pictures[turn % len(pictures)]], options)
+    begun = 0
+
+    async def client() -> None:
+        nonlocal begun
+        while (now := time.perf_counter()) < began + seconds or begun < least:
+            picture = pictures[begun % len(pictures)]
+            begun += 1
+            (answer,) = await classifier.classify([picture], options)
             if isinstance(answer, ApiError):
                 raise answer
             answer.model_dump_json()  # what a server sends
             latencies.append(time.perf_counter() - now)
-            turn += concurrency
 
-    await asyncio.gather(*(client(first) for first in range(concurrency)))
+    await asyncio.gather(*(client() for _ in range(concurrency)))
     return {"seconds": time.perf_counter() - began, "images": len(latencies), "latencies": latencies}
 
 
@@ -90,11 +93,11 @@ def main() -> None:
     settings = Settings(bundle=arguments.bundle, max_wait_seconds=3600, timeout_seconds=3600)
     classifier = load(settings, Metrics())
 
-    def do(system: str, query: dict[str, str], concurrency: int, seconds: float) -> dict[str, Any]:
+    def do(system: str, query: dict[str, str], concurrency: int, seconds: float, least: int = 0) -> dict[str, Any]:
         if system == "bare":
             return bare(classifier, pictures[0], query["protocol"], seconds)
         options = Options.model_validate(query)
-        return asyncio.run(pipeline(classifier, pictures, options, concurrency, seconds))
+        return asyncio.run(pipeline(classifier, pictures, options, concurrency, seconds, least))
 
     try:
         serve_jobs(do)

@@ -129,19 +129,19 @@ class Connection(asyncio.Protocol):
 
 
 class Clients:
-    """Connections to one server, opened when needed, and what its answers took."""
+    """Connections to one server, opened when needed, and what its answers took. `begun`: requests so far."""
 
     def __init__(self, host: str, port: int, requests: Sequence[bytes]) -> None:
         self._address = host, port
         self._requests = requests
-        self._next = 0
+        self.begun = 0
         self._idle: list[Connection] = []
         self._room = asyncio.Semaphore(MOST_CONNECTIONS)
 
     async def ask(self, due: float, patience: float = _SETTLING_SECONDS) -> Answer:
         """Send the next request. `due`: of time.perf_counter(), from when its latency counts."""
-        request = self._requests[self._next % len(self._requests)]
-        self._next += 1
+        request = self._requests[self.begun % len(self._requests)]
+        self.begun += 1
         connection: Connection | None = None
         status, retry_after = UNANSWERED, False
         try:
@@ -170,13 +170,13 @@ class Clients:
         return connection
 
 
-async def closed_loop(clients: Clients, concurrency: int, seconds: float) -> dict[str, Any]:
-    """So many clients for so long; what they have begun then is awaited and counts."""
+async def closed_loop(clients: Clients, concurrency: int, seconds: float, least: int = 0) -> dict[str, Any]:
+    """So many clients for so long, and for so many requests at least; what they have begun then counts, too."""
     answers: list[Answer] = []
     began = time.perf_counter()
 
     async def client() -> None:
-        while (now := time.perf_counter()) < began + seconds:
+        while (now := time.perf_counter()) < began + seconds or clients.begun < least:
             answers.append(await clients.ask(now))
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
@@ -234,6 +234,7 @@ async def _do(
     path: str,
     seconds: float,
     concurrency: int = 0,
+    least: int = 0,
     rate: float = 0.0,
     seed: int = 0,
     even: bool = False,
@@ -251,7 +252,7 @@ async def _do(
             arrivals = evenly(rate, seconds) if even else poisson(rate, seconds, seed)
             measured = await open_loop(clients, arrivals, seconds, patience, recovered_below)
         else:
-            measured = await closed_loop(clients, concurrency, seconds)
+            measured = await closed_loop(clients, concurrency, seconds, least)
         return {**measured, "cpu_seconds": time.process_time() - cpu}
     finally:
         clients.close()

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from benchmarks.contestants import (
     NAIVE_SAME,
     ONE,
     QUICK_WORKLOADS,
+    SINGLE,
     WORKLOADS,
     Server,
     Workload,
@@ -69,10 +70,16 @@ _P = TypeVar("_P", bound=Processes)
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured. Times in s, shares of the capacity."""
+    """How much is measured. Times in s, shares of the capacity.
+
+    - rounds, seconds: of closed loops, of each cell in each round
+    - parts: into which a round of single views is divided, each with every cell: their claims are about a few percent,
+      and machines drift within a minute
+    """
 
     rounds: int
     seconds: float
+    parts: int = 4
     clients: tuple[int, ...] = (1, 8, 32)
     shares: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2)
     open_rounds: int = 3
@@ -90,6 +97,7 @@ class Extent:
 QUICK = Extent(
     rounds=1,
     seconds=0.1,
+    parts=1,
     clients=(1, 8),
     shares=(0.5, 1.2),
     open_rounds=1,
@@ -144,14 +152,14 @@ class Benchmark:
         port = contestants.free_port()
         command = [sys.executable, "-m", "benchmarks.peers.nothing", str(port)]
         server = self._serve(Server("nothing", command, self._folder, port))
-        return {n: self._closed_http(server, "/", n).rate for n in self._extent.clients}
+        return {n: self._closed_http(server, "/", n, self._extent.seconds).rate for n in self._extent.clients}
 
     def run_closed(self) -> None:
-        """Every cell in every round, each time in another order, since neighbours may influence each other."""
+        """Every cell in every round, and those of single views in every part of one."""
         cells = self._cells()
         self.closed = {cell: [] for cell in cells}
-        for number in tqdm(range(self._extent.rounds), "closed loops", disable=None):
-            for cell in random.Random(number).sample(list(cells), len(cells)):  # noqa: S311  # nothing secret
+        for turn in tqdm(turns(list(cells), self._extent.rounds, self._extent.parts), "closed loops", disable=None):
+            for cell in turn:
                 self.closed[cell].append(cells[cell]())
 
     def run_open(self) -> list[OpenLoop]:
@@ -175,7 +183,8 @@ class Benchmark:
         server, seconds, cores = self._ours[ONE], self._extent.sustained_seconds, host.cores()
         found = []
         for name in (EVEN, RANDOM):
-            capacity = self._closed_http(server, self._path(CENTER), max(self._extent.clients)).rate
+            most = max(self._extent.clients)
+            capacity = self._closed_http(server, self._path(CENTER), most, self._extent.seconds).rate
             rate = _SUSTAINED * capacity
             parts = {name: self._open_http(server, rate, seconds, even=name == EVEN)}
             if name == RANDOM:
@@ -285,26 +294,31 @@ class Benchmark:
             if workload.stop == "full":
                 cells[Cell(workload.name, BARE, 0)] = self._inprocess_round(workload, "bare", 0)
             for n in self._extent.clients:
-                if workload.name in (CENTER, EVERY) or n == max(self._extent.clients):
+                if workload.name in SINGLE or n == max(self._extent.clients):
                     cells[Cell(workload.name, PIPELINE, n)] = self._inprocess_round(workload, "pipeline", n)
                 ours = self._ours[workload.bundle]
                 for server in (ours, *(server for server, its in self._peers if its is workload)):
-                    cells[Cell(workload.name, server.name, n)] = self._http_round(server, workload.path, n)
+                    cells[Cell(workload.name, server.name, n)] = self._http_round(server, workload, n)
         return cells
 
-    def _http_round(self, server: Server, path: str, clients: int) -> Callable[[], Round]:
-        return lambda: self._closed_http(server, path, clients)
+    def _length(self, workload: Workload) -> dict[str, float]:
+        """Of a round. With single views every picture has its turn, or who is slow would not get to the large ones."""
+        if workload.name in SINGLE:
+            return {"seconds": self._extent.seconds / self._extent.parts, "least": len(self.pictures)}
+        return {"seconds": self._extent.seconds}
+
+    def _http_round(self, server: Server, workload: Workload, clients: int) -> Callable[[], Round]:
+        return lambda: self._closed_http(server, workload.path, clients, **self._length(workload))
 
     def _inprocess_round(self, workload: Workload, system: str, clients: int) -> Callable[[], Round]:
-        seconds = self._extent.seconds
-        worker = self._inprocess[workload.bundle]
+        worker, length = self._inprocess[workload.bundle], self._length(workload)
 
         def measure() -> Round:
             job = {"system": system, "query": workload.query, "concurrency": clients}
             if clients:
-                worker.do(**{**job, "concurrency": 1}, seconds=_WARM_UP * seconds)
+                worker.do(**{**job, "concurrency": 1}, seconds=_WARM_UP * length["seconds"])
             before = worker.cpu_seconds()
-            answer = worker.do(**job, seconds=seconds)
+            answer = worker.do(**job, **length)
             latencies = answer["latencies"]
             return Round(
                 rate=answer["images"] / answer["seconds"],
@@ -318,12 +332,11 @@ class Benchmark:
 
         return measure
 
-    def _closed_http(self, server: Server, path: str, clients: int) -> Round:
-        seconds = self._extent.seconds
+    def _closed_http(self, server: Server, path: str, clients: int, seconds: float, least: float = 0) -> Round:
         with _awake(server):
             self._ask(server, path, concurrency=1, seconds=_WARM_UP * seconds)
             before = server.cpu_seconds()
-            answer = self._ask(server, path, concurrency=clients, seconds=seconds)
+            answer = self._ask(server, path, concurrency=clients, seconds=seconds, least=least)
             return closed_round(answer, server.cpu_seconds() - before, server.resident_bytes())
 
     def _open_http(
@@ -344,6 +357,19 @@ class Benchmark:
 
     def _ask(self, server: Server, path: str, **job: Any) -> dict[str, Any]:
         return self._load.do(host=HOST, port=server.port, path=path, **job)
+
+
+def turns(cells: Sequence[Cell], rounds: int, parts: int) -> list[list[Cell]]:
+    """Which cells are measured, one part of a round after the other: those of single views in each, others in one.
+
+    Each time in another order, since neighbours may influence each other.
+    """
+    single = [cell for cell in cells if cell.workload in SINGLE]
+    return [
+        random.Random(number).sample(turn, len(turn))  # noqa: S311  # nothing secret
+        for number in range(rounds * parts)
+        for turn in [single if number % parts else list(cells)]
+    ]
 
 
 @contextmanager

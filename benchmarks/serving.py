@@ -34,7 +34,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks import acceptance, report
-from benchmarks.contestants import CENTER, EVERY, EXACT, FULL
+from benchmarks.contestants import CENTER, EVERY, EXACT, FULL, SINGLE
 from benchmarks.jobs import ROOT, machine_busy_seconds
 from benchmarks.measure import QUICK, Benchmark, Extent
 from benchmarks.report import Results
@@ -67,11 +67,12 @@ def measure(bundle: Path, images: Path | None, peers: str, extent: Extent) -> Re
             "software": f"Python {platform.python_version()}; {_versions(sys.executable)}",
             "other servers": _versions(peers),
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
-            "n": f"{extent.rounds} interleaved rounds of {extent.seconds:g} s a cell, open loops {extent.open_rounds} "
-            f"times {extent.open_seconds:g} s a point",
+            "n": f"{extent.rounds} interleaved rounds of {extent.seconds:g} s a cell, of single views "
+            f"{extent.rounds * extent.parts} of {extent.seconds / extent.parts:g} s and every picture at least once; "
+            f"open loops {extent.open_rounds} times {extent.open_seconds:g} s a point",
             "other processes": f"{100 * others / seconds / (os.cpu_count() or 1):.1f} % of the CPUs",
         }
-        ensembles = [workload.name for workload in benchmark.workloads if workload.name not in (CENTER, EVERY)]
+        ensembles = [workload.name for workload in benchmark.workloads if workload.name not in SINGLE]
         checks = [
             *acceptance.of_servers(benchmark.closed, CENTER),
             *acceptance.of_servers(benchmark.closed, EVERY),

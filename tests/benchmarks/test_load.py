@@ -107,6 +107,13 @@ def test_a_closed_loop_has_as_many_requests_under_way_as_clients() -> None:
     assert len(answers["status"]) <= 3 * (found["seconds"] / 0.02 + 1)
 
 
+def test_a_closed_loop_sends_the_least_number_of_requests_however_long_that_takes() -> None:
+    with server(lambda handler, _: reply(handler)) as port:
+        found = against(port, lambda clients: closed_loop(clients, 2, 0.0, least=7))
+
+    assert len(found["answers"]["status"]) == 7
+
+
 def test_answers_have_their_status_and_say_whether_to_come_again() -> None:
     def every_second(handler: BaseHTTPRequestHandler, number: int) -> None:
         reply(handler, 503, Retry_After="1") if number % 2 else reply(handler)

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import contestants, pictures, serving
-from benchmarks.contestants import BUILT, FP32, ONE
+from benchmarks.contestants import BUILT, EVERY, FP32, FULL, ONE
+from benchmarks.measure import turns
+from benchmarks.summary import OURS, PIPELINE, Cell
 from resnet_ensemble.export import engine_store
 from resnet_ensemble.export.bundle import Bundle
 
@@ -66,6 +68,18 @@ def test_only_what_was_measured_alone_lies_with_the_results(
 
 def test_a_folder_that_is_given_is_used(tmp_path: Path) -> None:
     assert serving.destination(tmp_path, quick=True, others=1.0) == tmp_path
+
+
+def test_single_views_are_measured_in_every_part_of_a_round_and_others_in_one() -> None:
+    single = [Cell(EVERY, OURS, 8), Cell(EVERY, PIPELINE, 8)]
+    others = [Cell(FULL, OURS, 8), Cell(FULL, OURS, 32)]
+
+    found = turns([*single, *others], rounds=2, parts=3)
+
+    assert [set(turn) for turn in found] == 2 * [{*single, *others}, set(single), set(single)]
+    assert [len(turn) for turn in found] == 2 * [4, 2, 2]
+    assert len({tuple(turn) for turn in found}) > 3
+    assert found == turns([*single, *others], rounds=2, parts=3)
 
 
 def test_the_quick_mode_measures_everything_once(root: Path, tmp_path: Path) -> None:
