@@ -38,9 +38,9 @@ MAX_ASPECT_RATIO = 100
 # scans or so.
 MAX_JPEG_SCANS = 64
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-_SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # frames that need not be progressive: baseline, extended, with arithmetic coding
-# What has a length, or ends the image. In a scan's data, 0xff is followed by 0x00 or a restart marker; TEM (0x01) has no
-# length, either: a scan that follows it would hide others in what is taken for a length.
+_SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # frames that are not progressive: baseline, extended, with arithmetic coding
+# What has a length, or ends the image. In a scan's data, 0xff is followed by 0x00 or a restart marker; TEM (0x01) has
+# no length, either: a scan that follows it would hide others in what is taken for a length.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _SCALES = (8, 4, 2)  # a decoder makes a JPEG so many times smaller for less than the whole costs
 _BACKGROUND = (255, 255, 255)
