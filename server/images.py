@@ -16,16 +16,13 @@ more or less for CIFAR-10's views, views changed by 2.1 levels on average and by
 Zen 3 cores with AVX2 that had other work, Pillow 13.0.0, 2026-11-25.)
 """
 
-import io
-import re
-from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from resnet_ensemble.server import pieces
 from resnet_ensemble.server.errors import ApiError
 
 # JPEG includes MPO, which many phones write: a JPEG that holds more than one picture.
@@ -34,14 +31,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 # Resizing the shorter side of a 1 x 60,000 image to 256 pixels would make a 15 million pixel wide one.
 MAX_ASPECT_RATIO = 100
-# A progressive JPEG of few bytes can make a decoder pass over all its pixels thousands of times. Encoders write ten
-# scans or so.
-MAX_JPEG_SCANS = 64
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-_SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # frames that are not progressive: baseline, extended, with arithmetic coding
-# What has a length, or ends the image. In a scan's data, 0xff is followed by 0x00 or a restart marker; TEM (0x01) has
-# no length, either: a scan that follows it would hide others in what is taken for a length.
-_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _SCALES = (8, 4, 2)  # a decoder makes a JPEG so many times smaller for less than the whole costs
 _BACKGROUND = (255, 255, 255)
 
@@ -58,9 +47,9 @@ def decode(content: bytes, *, max_pixels: int, draft: int | None = None) -> Imag
     """
     if not content:
         raise ApiError("empty_image", "the image has 0 bytes")
+    pieces.check(content)
     image = _open(content)
     _check_size(image.size, max_pixels)
-    _check_scans(image, content)
     try:
         if draft is not None:
             _make_draft(image, draft)
@@ -89,7 +78,7 @@ def from_pixels(pixels: NDArray[np.uint8], *, max_pixels: int) -> Image.Image:
 
 def _open(content: bytes) -> ImageFile.ImageFile:
     try:
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        return Image.open(pieces.reader(content), formats=FORMATS)
     except UnidentifiedImageError:
         if content.startswith(_SIGNATURES) or content[4:12] == b"ftypavif":
             raise ApiError("corrupt_image", "the image's header is damaged or cut off") from None
@@ -120,28 +109,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
             "extreme_aspect_ratio",
             f"the image is {width} x {height}; one side may be {MAX_ASPECT_RATIO} times the other",
         )
-
-
-def _check_scans(image: Image.Image, content: bytes) -> None:
-    if image.format in ("JPEG", "MPO") and len(list(islice(_scans(content), MAX_JPEG_SCANS + 1))) > MAX_JPEG_SCANS:
-        raise ApiError("too_many_scans", f"the JPEG has more than {MAX_JPEG_SCANS} scans, which is the limit")
-
-
-def _scans(jpeg: bytes) -> Iterator[int]:
-    """Where the scans of the first picture begin that a decoder reads.
-
-    Segments are walked by their lengths, scans' data by their markers.
-    """
-    position, sequential, components = 2, False, b""
-    while (marker := _MARKER.search(jpeg, position)) and (kind := marker[1][0]) != _END_OF_IMAGE:
-        start = marker.end()
-        if kind in _SEQUENTIAL:
-            sequential, components = True, jpeg[start + 7 : start + 8]
-        if kind == _START_OF_SCAN:
-            yield start
-            if sequential and jpeg[start + 2 : start + 3] == components:
-                return  # it has everything, as in most files, and nothing after it is looked at
-        position = start + int.from_bytes(jpeg[start : start + 2])
 
 
 def _turn_upright(image: Image.Image) -> None:

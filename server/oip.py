@@ -79,7 +79,7 @@ router = APIRouter(prefix=_PREFIX, tags=["Open Inference Protocol v2"])
 
 def speaks(request: Request) -> bool:
     """Whether a request is one of this protocol, so that its refusal must be, too."""
-    path = request.scope["path"]  # `request.url` would cost a tenth of what a refusal does
+    path: str = request.scope["path"]  # `request.url` would cost a tenth of what a refusal does
     return path == _PREFIX or path.startswith(f"{_PREFIX}/")
 
 

@@ -207,36 +207,6 @@ def test_a_line_is_refused_before_resizing_makes_it_huge() -> None:
     assert refusal(encode(Image.new("RGB", (MAX_ASPECT_RATIO + 1, 1)))).code == "extreme_aspect_ratio"
 
 
-def test_a_progressive_jpeg_is_read_but_not_one_of_a_thousand_scans() -> None:
-    progressive = encode(picture((200, 200)), "JPEG", progressive=True)
-    start = progressive.rindex(b"\xff\xda")
-    last_scan = progressive[start:-2]
-
-    assert decoded(progressive).shape == (200, 200, 3)
-    assert decoded(progressive + b"\xff\xda" * 1000).shape == (200, 200, 3)  # a phone's video after the picture
-    assert refusal(progressive[:-2] + last_scan * 1000 + b"\xff\xd9").code == "too_many_scans"
-
-
-def test_scans_do_not_hide_behind_a_marker_that_has_no_length() -> None:
-    """What follows TEM, ff 01, would be taken for the length of a segment, and so much skipped."""
-    progressive = encode(picture((200, 200)), "JPEG", progressive=True)
-    header = progressive[(start := progressive.rindex(b"\xff\xda")) : start + 10]  # of a scan without data
-
-    assert refusal(progressive[:-2] + b"\xff\x01" + header * 1000 + b"\xff\xd9").code == "too_many_scans"
-
-
-def test_a_baseline_jpeg_with_its_components_apart_may_have_a_few_scans_but_not_a_thousand() -> None:
-    grey = encode(picture((48, 32)).convert("L"), "JPEG")
-    frame, scan = grey.index(b"\xff\xc0"), grey.index(b"\xff\xda")
-    one = grey[frame + 11 : frame + 13]  # of a component: sampling and quantization table
-    components = b"".join(bytes((number,)) + one for number in (1, 2, 3))
-    head = grey[: frame + 2] + b"\0\x11" + grey[frame + 4 : frame + 9] + b"\3" + components + grey[frame + 13 : scan]
-    scans = [grey[scan : scan + 5] + bytes((number,)) + grey[scan + 6 : -2] for number in (1, 2, 3)]
-
-    assert decoded(head + b"".join(scans) + b"\xff\xd9").shape == (32, 48, 3)
-    assert refusal(head + b"".join(scans) * 1000 + b"\xff\xd9").code == "too_many_scans"
-
-
 @settings(max_examples=150)
 @given(
     width=st.integers(1, 90),
