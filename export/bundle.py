@@ -120,7 +120,7 @@ class Manifest(_Part):
 
     format: Literal[1]
     name: Name
-    version: str
+    version: str = Field(pattern="^[!-~]+$")  # it goes into headers and paths
     protocol: Protocol
     labels: tuple[str, ...] = Field(min_length=2)
     members: tuple[Member, ...] = Field(min_length=1)

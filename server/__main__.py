@@ -13,12 +13,14 @@ import signal
 import sys
 import threading
 import warnings
+from functools import partial
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 
 from resnet_ensemble.server.app import create_app
-from resnet_ensemble.server.protocol import LimitedHttp
+from resnet_ensemble.server.direct import DirectHttp
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import explain, from_environment
 
@@ -88,7 +90,7 @@ def main() -> int:
         create_app(service),
         host=settings.host,
         port=settings.port,
-        http=LimitedHttp,
+        http=cast("Any", partial(DirectHttp, service)),
         timeout_graceful_shutdown=settings.drain_seconds,
         timeout_keep_alive=_KEEP_ALIVE,
         access_log=False,

@@ -68,8 +68,8 @@ class Backlog:
             del self._steps[math.floor(rank)]
 
     def before(self, rank: float) -> float:
-        """Seconds of work that goes before what comes now with this rank."""
-        return sum(seconds for step, (seconds, _) in self._steps.items() if step <= rank)
+        """Seconds of work that goes before what comes now with this rank. Another thread may count meanwhile."""
+        return sum(seconds for step, (seconds, _) in list(self._steps.items()) if step <= rank)
 
 
 class Progress:

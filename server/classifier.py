@@ -206,8 +206,7 @@ class Classifier:
         prepared = _Prepared()
         self.scheduler.decode(job, lambda: self._blocks(content, strategy, prepared))
         try:
-            async with asyncio.timeout(deadline - began):
-                tally = await _end_of(job)
+            tally = await _end_of(job, deadline)
         except ApiError as error:
             return error
         except TimeoutError:
@@ -300,8 +299,11 @@ class Classifier:
 _NEVER = 7 * 24 * 3600.0  # seconds
 
 
-async def _end_of(job: Job) -> Tally:
-    """As asyncio.wrap_future, for less: what cancels this one goes through `release`."""
+async def _end_of(job: Job, deadline: float) -> Tally:
+    """As asyncio.wrap_future with asyncio.timeout, for less: what ends this one early goes through `release`.
+
+    `deadline`: of time.monotonic(). Raises TimeoutError.
+    """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
 
@@ -311,8 +313,16 @@ async def _end_of(job: Job) -> Tally:
         elif not ended.done():  # it may have been cancelled meanwhile
             ended.set_result(None)
 
+    def expire() -> None:
+        if not ended.done():
+            ended.set_exception(TimeoutError())
+
     job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(tell))
-    await ended
+    timer = loop.call_later(max(0.0, deadline - time.monotonic()), expire)
+    try:
+        await ended
+    finally:
+        timer.cancel()
     return job.future.result()
 
 

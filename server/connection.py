@@ -1,4 +1,4 @@
-"""What routes ask of a request: whose it is, how large, until when it is of use, whether its client is still there."""
+"""What routes ask of a request over ASGI: whose it is, how large, until when of use, whether its client is there."""
 
 import asyncio
 import time
@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Request
-from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 
 from resnet_ensemble.server.classifier import Classifier
@@ -28,7 +27,6 @@ Timeout = Annotated[
         description="Seconds after which an answer is of no use: what is not done then is 504",
     ),
 ]
-_timeout: TypeAdapter[float | None] = TypeAdapter(Timeout)
 
 
 def service_of(request: Request) -> Service:
@@ -44,16 +42,6 @@ async def _leased(request: Request) -> AsyncIterator[Classifier]:
 
 # What answers a request, from its beginning to its end: while another bundle takes over, too. Raises "not_ready".
 Leased = Annotated[Classifier, Depends(_leased, scope="function")]
-
-
-def timeout_of(request: Request) -> float | None:
-    """What the header says, for a route without FastAPI's parameters. Raises ApiError("invalid_option")."""
-    if (given := request.headers.get(TIMEOUT)) is None:
-        return None
-    try:
-        return _timeout.validate_python(given)
-    except ValidationError as error:
-        raise ApiError("invalid_option", f"{TIMEOUT}: {error.errors()[0]['msg']}") from None
 
 
 def client_of(request: Request) -> str:
@@ -104,3 +92,31 @@ async def _disconnect(request: Request, until: asyncio.Timeout) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     until.reschedule(0)
+
+
+class AsgiExchange:
+    """An Exchange over ASGI."""
+
+    def __init__(self, request: Request) -> None:
+        self.headers = dict(reversed(request.scope["headers"]))
+        self.query: bytes = request.scope["query_string"]
+        self.client = client_of(request)
+        self.request_id: str = request.state.request_id
+        self._request = request
+        self._more = True
+
+    async def chunk(self, until: float) -> bytes | None:
+        """As Exchange has it. Raises ClientDisconnect, too."""
+        if not self._more:
+            return None
+        async with asyncio.timeout(until - time.monotonic()):
+            message = await self._request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        self._more = message.get("more_body", False)
+        chunk: bytes = message.get("body", b"")
+        return chunk
+
+    async def unless_gone(self, work: Awaitable[_T]) -> _T:
+        """As Exchange has it. Raises ClientDisconnect."""
+        return await unless_disconnected(self._request, work)

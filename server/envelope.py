@@ -1,17 +1,10 @@
-"""What surrounds every request: its id, the limit on its body, its count in the metrics."""
-
-import random
-import re
+"""What surrounds a request over ASGI: its id, the limit on its body, its count in the metrics."""
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.exchange import REQUEST_ID, BodyLimit, identify
 from resnet_ensemble.server.metrics import Metrics
-
-REQUEST_ID = "X-Request-ID"
-_HEADER = REQUEST_ID.lower().encode()
-_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Envelope:
@@ -27,28 +20,22 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get(REQUEST_ID, "")
-        # Not uuid4: it asks the system for bytes, and whoever calls that waits for the interpreter lock afterwards.
-        request_id = given if _SAFE_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+        request_id = identify(headers.get(REQUEST_ID, "").encode("latin-1"))
         scope.setdefault("state", {})["request_id"] = request_id
-        announced = headers.get("content-length", "")
-        received = int(announced) if announced.isdecimal() and int(announced) > self._max else 0
+        limit = BodyLimit(headers.get("content-length", "").encode("latin-1"), self._max)
 
         async def receive_within_limit() -> Message:
-            nonlocal received
-            if received <= self._max:
-                message = await receive()
-                received += len(message.get("body", b""))
-            if received > self._max:
-                raise ApiError("request_too_large", f"the request's body may have at most {self._max} bytes")
+            limit.add(0)
+            message = await receive()
+            limit.add(len(message.get("body", b"")))
             return message
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"].append((_HEADER, request_id.encode()))
+                message["headers"].append((REQUEST_ID.lower().encode(), request_id.encode()))
                 route = scope.get("route")
                 path = route.path if route is not None else "unmatched"
-                self._metrics.requests.labels(scope["method"], path, message["status"]).inc()
+                self._metrics.count(scope["method"], path, message["status"])
             await send(message)
 
         await self._app(scope, receive_within_limit, send_with_id)

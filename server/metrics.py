@@ -1,7 +1,7 @@
 """What Prometheus is told at /metrics. One registry an application, so that tests can make many."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -91,6 +91,20 @@ class Metrics:
             registry=registry,
         )
         self.ready = Gauge("resnet_ready", "1 when /readyz says so", registry=registry)
+        # A look-up costs as much as counting.
+        self._of_requests = lru_cache(maxsize=256)(self.requests.labels)
+        self._of_errors = lru_cache(maxsize=256)(self.errors.labels)
+        self._of_rejected = lru_cache(maxsize=256)(self.rejected.labels)
+
+    def count(self, method: str, route: str, status: int) -> None:
+        """A request was answered."""
+        self._of_requests(method, route, status).inc()
+
+    def count_problem(self, code: str, reason: str | None) -> None:
+        """A request, or one of its images, was answered with a problem. `reason`: the limit that refused it."""
+        self._of_errors(code).inc()
+        if reason:
+            self._of_rejected(reason).inc()
 
     def answered(self, protocol: str, rule: str, used: int, planned: int, seconds: Mapping[str, float]) -> None:
         """An image was answered with a prediction; `seconds` by stage."""
@@ -106,15 +120,6 @@ class Metrics:
     def observer(self, members: Sequence[str]) -> Observer:
         """What a scheduler of these members tells its measurements to."""
         return _Observer(self, members)
-
-    @contextmanager
-    def hold_in_flight(self, images: int) -> Iterator[None]:
-        """Count images as in flight while the block runs."""
-        self.in_flight.inc(images)
-        try:
-            yield
-        finally:
-            self.in_flight.dec(images)
 
     def render(self) -> bytes:
         """The exposition text."""

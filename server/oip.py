@@ -202,7 +202,6 @@ async def infer(
             deadline = min(deadline, began + asked.parameters.timeout / 1e6)
         rows = model.rows(asked.inputs)
         held.enter_context(service.quota.hold(client_of(request), rows))
-        held.enter_context(service.metrics.hold_in_flight(rows))
         outputs = await unless_disconnected(request, model.infer(asked.inputs, asked.parameters, deadline))
         head = {"model_name": model.name, "model_version": _version(classifier)}
         labels = classifier.bundle.manifest.labels

@@ -36,21 +36,22 @@ class AtOnce:
     def write(self, data: bytes) -> None:
         """Later in this turn, or with what comes until then."""
         if not self._waiting:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._waiting.append(data)
 
     def close(self) -> None:
         """When all is written."""
-        self._flush()
+        self.flush()
         self._transport.close()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Now."""
         if self._waiting and not self._transport.is_closing():  # it may have been lost since
             self._transport.write(b"".join(self._waiting))
         self._waiting.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class LimitedHttp(HttpToolsProtocol):
@@ -62,7 +63,9 @@ class LimitedHttp(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast("asyncio.Transport", AtOnce(transport, self.loop)))
+        at_once = AtOnce(transport, self.loop)
+        super().connection_made(cast("asyncio.Transport", at_once))
+        self.flush = at_once.flush
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -91,6 +94,10 @@ class LimitedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._arrived()
         self._before_body = False
+        self.begin_answer()
+
+    def begin_answer(self) -> None:
+        """The head of a request is there."""
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:

@@ -14,6 +14,11 @@ class Quota:
         self._limit = limit
         self._held: Counter[str] = Counter()
 
+    @property
+    def images(self) -> int:
+        """In progress, of all clients."""
+        return self._held.total()
+
     @contextmanager
     def hold(self, client: str, images: int) -> Iterator[None]:
         """Count `images` while the block runs. Raises ApiError("quota_exceeded")."""

@@ -190,9 +190,11 @@ class Scheduler:
             return self._decide.view_bytes
 
     def check(self, deadline: float) -> None:
-        """Raise Overloaded if an image that came now, to be answered by then, would not be taken."""
-        with self._lock:
-            self._decide.check(time.monotonic(), deadline, 1, 0.0)
+        """Raise Overloaded if an image that came now, to be answered by then, would not be taken.
+
+        An estimate, so it may be of a moment that is just passing: the event loop does not wait for the workers' lock.
+        """
+        self._decide.check(time.monotonic(), deadline, 1, 0.0)
 
     def admit(self, plan: Plan, rule: StopRule, images: int = 1, *, deadline: float) -> list[Job]:
         """Reserve room for a request's images, all or none. Raises Overloaded. `deadline`: of time.monotonic()."""

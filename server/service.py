@@ -40,6 +40,7 @@ class Service:
         self.metrics = Metrics()
         self.quota = Quota(settings.max_images_per_client)
         self.memory = Memory(settings.max_pending_bytes)
+        self.metrics.in_flight.set_function(lambda: self.quota.images)
         self._open_with = open_with
         self._on_fatal = on_fatal
         self._on_loaded = on_loaded

@@ -1,9 +1,10 @@
-"""Reading the images of a request: a raw body, or the `image` parts of a form."""
+"""The images of a request: a raw body, or the `image` parts of a form, sorted while they arrive."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import multipart
-from starlette.requests import Request
 
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.settings import Settings
@@ -31,64 +32,93 @@ class Upload:
     fields: dict[str, str] = field(default_factory=dict)
 
 
-async def read(request: Request, settings: Settings) -> Upload:
-    """Read and sort a request's body. Raises ApiError."""
-    encoding = request.headers.get("content-encoding", "identity")
+class Reader(Protocol):
+    """Takes a body as it arrives. Both raise ApiError."""
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes."""
+
+    def end(self) -> Upload:
+        """There are no more."""
+
+
+def reader(headers: Mapping[bytes, bytes], settings: Settings) -> Reader:
+    """For a body with these headers, by name in lower case. Raises ApiError."""
+    encoding = _of(headers, b"content-encoding", "identity")
     if encoding.strip().lower() != "identity":
         raise ApiError("unsupported_media_type", f"the content encoding is {encoding[:100]!r}; send images as they are")
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    given = _of(headers, b"content-type", "")
+    content_type = given.split(";")[0].strip().lower()
     if content_type == "multipart/form-data":
-        return await _read_form(request, settings)
+        return _Form(given, settings)
     if content_type in ("", "application/octet-stream") or content_type.startswith("image/"):
-        return Upload([await _read_raw(request, settings)], [None])
+        return _Raw(settings)
     raise ApiError("unsupported_media_type", f"the content type is {content_type}; {HINT}")
 
 
-async def _read_raw(request: Request, settings: Settings) -> bytes:
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > settings.max_image_bytes:  # what else comes is not worth keeping
-            raise _too_large(len(content), settings)
-    return bytes(content)
+def _of(headers: Mapping[bytes, bytes], name: bytes, default: str) -> str:
+    value = headers.get(name)
+    return default if value is None else value.decode("latin-1")
 
 
-async def _read_form(request: Request, settings: Settings) -> Upload:
-    _, options = multipart.parse_options_header(request.headers["content-type"])
-    form = _Form(settings)
-    try:
-        # Headers are UTF-8, which the parser would insist on; what is not is no reason to refuse a picture.
-        parser = multipart.PushMultipartParser(
-            options.get("boundary", ""), max_segment_count=_MAX_PARTS, header_charset="latin-1"
-        )
-        async for chunk in request.stream():
-            for event in parser.parse(chunk) if chunk else ():  # it would take an empty one for the end
-                form.take(event)
-    except multipart.MultipartError as error:
-        raise ApiError("malformed_request", f"the form can't be read: {error}") from None
-    try:
-        parser.close()
-    except multipart.MultipartError:
-        raise ApiError("malformed_request", "the form is cut off: its last boundary is missing") from None
-    if not form.upload.images:
-        raise ApiError("missing_image", f"the form has no part {FIELD}; {HINT}")
-    return form.upload
+class _Raw:
+    """A body that is one image."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    def feed(self, chunk: bytes) -> None:
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+        if self._size > self._settings.max_image_bytes:  # what else comes is not worth keeping
+            raise _too_large(self._size, self._settings)
+
+    def end(self) -> Upload:
+        return Upload([b"".join(self._chunks)], [None])
 
 
 class _Form:
-    """Sorts the parts of a form as they arrive. A part is a file if it has a file name or is of a type that is no text.
+    """Sorts the parts of a form. A part is a file if it has a file name or is of a type that is no text.
 
     RFC 7578 does not ask for a file name.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.upload = Upload([], [])
+    def __init__(self, content_type: str, settings: Settings) -> None:
+        self._upload = Upload([], [])
         self._settings = settings
         self._part: multipart.MultipartSegment | None = None
         self._limit = 0
         self._content: list[bytes] = []
+        _, options = multipart.parse_options_header(content_type)
+        try:
+            # Headers are UTF-8, which the parser would insist on; what is not is no reason to refuse a picture.
+            self._parser = multipart.PushMultipartParser(
+                options.get("boundary", ""), max_segment_count=_MAX_PARTS, header_charset="latin-1"
+            )
+        except multipart.MultipartError as error:
+            raise _unreadable(error) from None
 
-    def take(self, event: multipart.MultipartSegment | bytes | None) -> None:
+    def feed(self, chunk: bytes) -> None:
+        if not chunk:  # the parser would take it for the end
+            return
+        try:
+            for event in self._parser.parse(chunk):
+                self._take(event)
+        except multipart.MultipartError as error:
+            raise _unreadable(error) from None
+
+    def end(self) -> Upload:
+        try:
+            self._parser.close()
+        except multipart.MultipartError:
+            raise ApiError("malformed_request", "the form is cut off: its last boundary is missing") from None
+        if not self._upload.images:
+            raise ApiError("missing_image", f"the form has no part {FIELD}; {HINT}")
+        return self._upload
+
+    def _take(self, event: multipart.MultipartSegment | bytes | None) -> None:
         """What the parser has found: a part's head, some of its content, or its end. Raises ApiError."""
         if isinstance(event, multipart.MultipartSegment):
             self._part, self._content = event, []
@@ -106,14 +136,14 @@ class _Form:
         if name == FIELD and not _is_file(part):
             raise ApiError("missing_image", f"the part {FIELD} is text, not a file; {HINT}")
         if name == FIELD:
-            if len(self.upload.images) == settings.max_images_per_request:
+            if len(self._upload.images) == settings.max_images_per_request:
                 raise ApiError(
                     "too_many_images", f"at most {settings.max_images_per_request} images fit into one request"
                 )
             return settings.max_image_bytes
         if _is_file(part):
             raise ApiError("invalid_option", f"no file part is named {name!r}: name it {FIELD!r}; {HINT}")
-        if name in self.upload.fields:
+        if name in self._upload.fields:
             raise ApiError("invalid_option", f"{name} is given twice")
         return _MAX_FIELD_BYTES
 
@@ -121,14 +151,14 @@ class _Form:
         name = _text(part.name)
         if name == FIELD:
             large = part.size > self._limit
-            self.upload.images.append(_too_large(part.size, self._settings) if large else content)
-            self.upload.filenames.append(_text(part.filename) or None)
+            self._upload.images.append(_too_large(part.size, self._settings) if large else content)
+            self._upload.filenames.append(_text(part.filename) or None)
         elif part.size > self._limit:
             raise ApiError(
                 "invalid_option", f"{name[:100]!r} has {part.size} bytes; at most {_MAX_FIELD_BYTES} are read"
             )
         else:
-            self.upload.fields[name] = content.decode(errors="replace")
+            self._upload.fields[name] = content.decode(errors="replace")
 
 
 def _is_file(part: multipart.MultipartSegment) -> bool:
@@ -138,6 +168,10 @@ def _is_file(part: multipart.MultipartSegment) -> bool:
 def _text(header: str | None) -> str:
     """Of a header that was read as Latin-1."""
     return (header or "").encode("latin-1").decode(errors="replace")
+
+
+def _unreadable(error: multipart.MultipartError) -> ApiError:
+    return ApiError("malformed_request", f"the form can't be read: {error}")
 
 
 def _too_large(size: int, settings: Settings) -> ApiError:

@@ -252,25 +252,3 @@ def test_the_event_loop_goes_on_while_decoders_and_engines_are_stuck(
         assert not large.done()
         go.set()
         assert small.result().status_code == large.result().status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("query", "content", "status"),
-    [("", b"", 200), ("?top_k=0", b"", 422), ("", b"no image", 415), ("?abstain_below=2&top_k=1", b"", 422)],
-)
-def test_a_request_that_passes_by_fastapis_layers_is_answered_as_they_would_answer_it(
-    client: TestClient, png: Png, query: str, content: bytes, status: int
-) -> None:
-    directly: Any = client.app
-    layers = TestClient(directly.layers, raise_server_exceptions=False)
-    answers = []
-    for way in (client, layers):
-        response = way.post(f"/predict{query}", content=content or png(), headers={**RAW, "X-Request-ID": "one"})
-        body = {name: value for name, value in response.json().items() if name != "timings_ms"}
-        headers = {name: value for name, value in response.headers.items() if name != "server-timing"}
-        answers.append((response.status_code, body, headers.keys(), headers["x-request-id"]))
-
-    assert answers[0] == answers[1]
-    assert answers[0][0] == status
-    counted = f'resnet_requests_total{{method="POST",route="/predict",status="{status}"}} 2.0'
-    assert counted in client.get("/metrics").text

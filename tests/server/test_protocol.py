@@ -32,6 +32,7 @@ class Written:
     ("then", "happened"),
     [
         ("", [b"head, body", b"next"]),
+        ("flush", [b"head, body"]),
         ("close", [b"head, body", "closed"]),
         ("abort", ["aborted"]),  # as when the client has gone
     ],

@@ -48,7 +48,7 @@ async def _in_process(bundle: Path) -> AsyncIterator[httpx2.AsyncClient]:
     failures: list[str] = []
     settings = Settings(bundle=bundle, max_wait_seconds=LONGEST_WAIT, timeout_seconds=LONGEST_WAIT)
     app = create_app(Service(settings, on_fatal=failures.append))
-    async with app.layers.router.lifespan_context(app.layers):
+    async with app.router.lifespan_context(app):
         transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
         async with httpx2.AsyncClient(
             transport=transport, base_url="http://in-process", timeout=None

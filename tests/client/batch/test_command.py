@@ -279,7 +279,7 @@ def test_a_server_with_a_short_queue_does_not_fail_the_job(tmp_path: Path, png: 
     async def connect() -> AsyncIterator[AsyncClient]:
         app = create_app(Service(settings, open_with=lambda *_: FakeEngine(10, seconds_per_view=0.001)))
         async with (
-            app.layers.router.lifespan_context(app.layers),
+            app.router.lifespan_context(app),
             httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as http,
         ):
             client = AsyncClient("http://x", max_retries=0, http_client=http)

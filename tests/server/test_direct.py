@@ -1,0 +1,287 @@
+"""Predictions that a connection answers itself, over real sockets, beside those that go through uvicorn and FastAPI."""
+
+import asyncio
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+
+from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.engines.fake import FakeEngine
+from resnet_ensemble.server import direct, predict
+from resnet_ensemble.server.app import create_app
+from resnet_ensemble.server.direct import DirectHttp
+from resnet_ensemble.server.service import Service
+from resnet_ensemble.server.settings import Settings
+from tests.server.test_process import wait_for, wait_until_ready
+from tests.server.test_refusals import RAW, Gate, assert_problem
+
+Png = Callable[..., bytes]
+Listen = Callable[..., Any]
+THROUGH_ASGI = {"Connection": "close"}
+
+
+@pytest.fixture
+def listen(pair: Bundle, monkeypatch: pytest.MonkeyPatch) -> Listen:
+    """A context manager: a server in this process, on fake engines. Gives its URL, and what was answered directly."""
+
+    @contextmanager
+    def listening(engine: Callable[[int], FakeEngine] = FakeEngine, **settings: Any) -> Iterator[tuple[str, list[int]]]:
+        directly: list[int] = []
+
+        class Noted(direct.DirectExchange):
+            def _write(self, answer: Any) -> None:
+                directly.append(answer.status)
+                super()._write(answer)
+
+        monkeypatch.setattr(direct, "DirectExchange", Noted)
+        service = Service(
+            Settings(**{"bundle": pair.path, **settings}),
+            open_with=lambda bundle, *_: engine(len(bundle.manifest.labels)),
+        )
+        http: Any = partial(DirectHttp, service)
+        server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, http=http, log_config=None))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+            wait_until_ready(url)
+            yield url, directly
+        finally:
+            server.should_exit = True
+            thread.join()
+
+    return listening
+
+
+def connect(url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(url.rsplit(":", maxsplit=1)[-1])), timeout=10)
+
+
+def received(connection: socket.socket, answers: int) -> bytes:
+    """What comes until there are so many answers, all of them with a JSON body."""
+    data = b""
+    while len(re.findall(rb"\r\n\r\n\{.*?\}(?=HTTP|$)", data, re.DOTALL)) < answers:
+        chunk = connection.recv(2**16)
+        assert chunk, data
+        data += chunk
+    return data
+
+
+def head(length: int, *lines: str) -> bytes:
+    return "\r\n".join(
+        ("POST /predict HTTP/1.1", "Host: x", "Content-Type: image/png", f"Content-Length: {length}", *lines, "", "")
+    ).encode()
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "status"),
+    [
+        ("", "image", 200),
+        ("?protocol=center&top_k=2", "form", 200),
+        ("", "options", 200),
+        ("", "damaged and sound", 200),
+        ("", "damaged", 415),
+        ("", "cut off", 400),
+        ("?top_k=0", "image", 422),
+        ("?top_k=1&top_k=2", "image", 422),
+    ],
+)
+def test_a_connection_answers_as_the_application_does(
+    listen: Listen, png: Png, query: str, body: str, status: int
+) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "image": {"content": png(142), "headers": RAW},
+        "form": {"files": [("image", png(142))]},
+        "options": {"files": [("image", png(142))], "data": {"protocol": "flip"}},
+        "damaged and sound": {"files": [("image", b"no image"), ("image", png(142))]},
+        "damaged": {"content": b"no image", "headers": RAW},
+        "cut off": {"content": b"--x", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+    }
+    request = bodies[body]
+    with listen() as (url, directly), httpx2.Client() as client:
+        answers = []
+        for way in ({}, THROUGH_ASGI):
+            headers = request.get("headers", {}) | {"X-Request-ID": "mine"} | way
+            answer = client.post(f"{url}/predict{query}", **request | {"headers": headers})
+            same = {name: answer.headers.get(name) for name in ("content-type", "x-bundle", "x-request-id", "server")}
+            text = re.sub(r'"timings_ms":\{.*?\}', "", answer.text)
+            answers.append((answer.status_code, text, same, answer.headers.keys() - {"connection"}))
+
+        assert answers[0] == answers[1]
+        assert directly == [status] == [answers[0][0]]  # one of them; the other went through the application
+        counted = f'resnet_requests_total{{method="POST",route="/predict",status="{status}"}} 2.0'
+        assert counted in client.get(f"{url}/metrics").text
+
+
+def test_a_body_may_come_in_pieces(listen: Listen, png: Png) -> None:
+    with listen() as (url, directly), connect(url) as connection:
+        request = head(len(png())) + png()
+        for start in range(0, len(request), 7):
+            connection.sendall(request[start : start + 7])
+            time.sleep(0.001)
+
+        assert received(connection, 1).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert directly == [200]
+
+
+def test_requests_that_do_not_wait_for_answers_are_answered_in_their_order(listen: Listen, png: Png) -> None:
+    with listen() as (url, directly), connect(url) as connection:
+        one, other = png(0), png(142)
+        live = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+        for _ in range(2):
+            connection.sendall(head(len(one)) + one + head(len(other)) + other + live)
+
+            data = received(connection, 3)
+            assert re.findall(rb'^\{"label":.*?"index":(\d)|^\{"status":"(ok)', data, re.MULTILINE) == [
+                (b"0", b""),
+                (b"5", b""),
+                (b"", b"ok"),
+            ]
+        assert directly == [200, 200]  # of each three, the first
+
+
+@pytest.mark.parametrize(
+    ("settings", "header", "code"),
+    [({"upload_seconds": 0.3}, "", "slow_upload"), ({}, "X-Request-Timeout: 0.3", "deadline_exceeded")],
+)
+def test_a_body_that_does_not_arrive_is_given_up(
+    listen: Listen, settings: dict[str, Any], header: str, code: str
+) -> None:
+    with listen(**settings) as (url, directly), connect(url) as connection:
+        connection.sendall(head(100, *filter(None, [header])) + b"begin")
+
+        assert f'"code":"{code}"'.encode() in received(connection, 1)
+        assert len(directly) == 1
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large_is_refused_when_that_is_known(listen: Listen, announced: bool) -> None:
+    limits = {"max_request_bytes": 1000, "max_image_bytes": 1000}
+    with listen(**limits) as (url, directly), connect(url) as connection:
+        chunked = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n" + b"x" * 1001
+        connection.sendall(head(1001) if announced else chunked)
+
+        assert b'"code":"request_too_large"' in received(connection, 1)
+        assert directly == [413]
+
+
+def test_the_connection_goes_on_after_a_refusal_that_did_not_wait_for_the_body(listen: Listen, png: Png) -> None:
+    limits = {"max_request_bytes": 1000, "max_image_bytes": 1000}
+    with listen(**limits) as (url, directly), connect(url) as connection:
+        connection.sendall(head(1001))
+        received(connection, 1)
+        connection.sendall(b"x" * 1001 + head(len(png())) + png())
+
+        assert received(connection, 1).startswith(b"HTTP/1.1 200")
+        assert directly == [413, 200]
+
+
+@pytest.mark.parametrize("further", [[], ["Connection: close"]])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_client_that_leaves_is_not_waited_for(listen: Listen, png: Png, whole: bool, further: list[str]) -> None:
+    gate = Gate()
+    with listen(gate) as (url, directly), ThreadPoolExecutor(1) as pool:
+        image = png()
+        request = head(len(image), *further) + (image if whole else image[:-1])
+        with connect(url) as connection:
+            if whole:
+                gate.hold(lambda: pool.submit(connection.sendall, request))
+            else:
+                connection.sendall(request)
+                time.sleep(0.2)
+        wait_for(url, 'resnet_requests_total{method="POST",route="/predict",status="499"}', 1)
+        wait_for(url, "resnet_images_in_flight", 0)
+        wait_for(url, "resnet_unfinished_views", 0)
+        gate.open.set()
+        assert httpx2.post(f"{url}/predict", content=image, headers=RAW).status_code == 200
+        assert directly == [200]
+
+
+def test_a_client_that_reads_nothing_is_not_answered_any_further(
+    listen: Listen, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected = DirectHttp.connection_made
+
+    def with_little_room(self: DirectHttp, transport: asyncio.Transport) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        transport.set_write_buffer_limits(high=2**14)
+        connected(self, transport)
+
+    monkeypatch.setattr(DirectHttp, "connection_made", with_little_room)
+    part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n%b\r\n' % png()
+    form = part * 8 + b"--x--\r\n"
+    request = head(len(form)).replace(b"image/png", b"multipart/form-data; boundary=x") + form
+    most = 100
+    with listen() as (url, directly), connect(url) as connection:
+        for sent in range(1, most):
+            connection.sendall(request)
+            deadline = time.monotonic() + 1
+            while len(directly) < sent and time.monotonic() < deadline:
+                time.sleep(0.001)
+            if len(directly) < sent:
+                break
+        assert len(directly) < sent < most  # it waits
+
+        answers = received(connection, sent)
+        assert answers.count(b"HTTP/1.1 200 OK") == len(directly) == sent
+
+
+def test_a_client_behind_a_trusted_proxy_has_a_quota_of_its_own(listen: Listen, png: Png) -> None:
+    gate = Gate()
+    limits = {"max_images_per_client": 1, "max_images_per_request": 1}
+    with listen(gate, **limits) as (url, directly), httpx2.Client() as client, ThreadPoolExecutor(2) as pool:
+
+        def send(address: str) -> Any:
+            headers = RAW | {"X-Forwarded-For": f"10.0.0.9, {address}"}
+            return client.post(f"{url}/predict", content=png(), headers=headers, timeout=30)
+
+        held = gate.hold(lambda: pool.submit(send, "10.0.0.1"))
+        beside = pool.submit(send, "10.0.0.2")
+        wait_for(url, "resnet_images_in_flight", 2)
+        assert_problem(send("10.0.0.1"), "quota_exceeded")
+        gate.open.set()
+
+        assert held.result().status_code == beside.result().status_code == 200
+        assert sorted(directly) == [200, 200, 429]
+
+
+def test_a_failure_of_ours_is_logged_and_told_without_internals(
+    listen: Listen, png: Png, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(predict.uploads, "reader", fail)
+    with listen() as (url, directly), httpx2.Client() as client:
+        answer = client.post(f"{url}/predict", content=png(), headers=RAW)
+
+        told = assert_problem(answer, "internal_error")
+        assert "secret" not in answer.text
+        assert "a secret" in caplog.text
+        assert told["request_id"] in caplog.text
+        assert directly == [500]
+
+
+def test_what_is_answered_while_the_server_stops_is_the_last_of_its_connection(listen: Listen, png: Png) -> None:
+    gate = Gate()
+    with ThreadPoolExecutor(1) as pool:
+        with listen(gate) as (url, directly):
+            request = gate.hold(lambda: pool.submit(httpx2.post, f"{url}/predict", content=png(), headers=RAW))
+            threading.Timer(0.5, gate.open.set).start()
+        answer = request.result()
+
+    assert answer.status_code == 200
+    assert answer.headers["connection"] == "close"
+    assert directly == [200]
