@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -56,20 +55,17 @@ class _Prepared:
 class Evaluated:
     """One image, evaluated: what the engines gave, and its mean.
 
-    - drafted: whether the views are of the picture decoded smaller
+    - used: views that were run
+    - drafted: whether they are of the picture decoded smaller
     - seconds: by stage
     """
 
     strategy: Strategy
     tally: Tally
     mean: ensemble.Average
+    used: int
     drafted: bool
     seconds: dict[str, float]
-
-    @cached_property
-    def used(self) -> int:
-        """Views that were run."""
-        return sum(self.tally.views.tolist())
 
     def certain(self, top: int = 1) -> bool:
         """Whether the set of the `top` most probable classes is proven to be the one of all planned views.
@@ -248,9 +244,10 @@ class Classifier:
             "average": now - averaging,
             "total": now - began,
         }
-        result = Evaluated(strategy, tally, mean, prepared.drafted, seconds)
+        used = sum(tally.views.tolist())
+        result = Evaluated(strategy, tally, mean, used, prepared.drafted, seconds)
         plan = strategy.plan
-        counted = (plan.protocol, strategy.rule.name, result.used, plan.views, seconds)
+        counted = (plan.protocol, strategy.rule.name, used, plan.views, seconds)
         asyncio.get_running_loop().call_soon(self._metrics.answered, *counted)  # when the answer is on its way
         return result
 

@@ -1,9 +1,12 @@
 """Averaging, and how much the members agree. Pure functions of arrays.
 
 The ensemble's answer is the mean of all members' softmax vectors over all views, as in section 4.3 of the paper.
+
+The arrays are small and there is one image at a time, so a call of NumPy costs as much as what it computes: ufuncs'
+methods are called without the functions around them, and what is a number a member is a list.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,18 +14,17 @@ from numpy.typing import NDArray
 _FEW = 100  # classes that are all sorted sooner than the largest are found
 
 
-@dataclass(frozen=True)
-class Average:
+class Average(NamedTuple):
     """Means of softmax vectors.
 
     - ensemble: float64 (classes,)
     - members: float64 (members, classes), each member's own mean; zeros for one that has seen no view
-    - shares: float64 (members,), how much of the ensemble's mean is each member's
+    - shares: of each member, how much of the ensemble's mean is its
     """
 
     ensemble: NDArray[np.float64]
     members: NDArray[np.float64]
-    shares: NDArray[np.float64]
+    shares: list[float]
 
 
 def average(sums: NDArray[np.float64], views: NDArray[np.int64]) -> Average:
@@ -30,16 +32,19 @@ def average(sums: NDArray[np.float64], views: NDArray[np.int64]) -> Average:
 
     Every softmax vector has the same weight, whichever member and view it is of.
     """
-    total = sum(views.tolist())
+    seen = views.tolist()
+    total = sum(seen)
     return Average(
-        ensemble=sums.sum(axis=0) / total, members=sums / np.maximum(views, 1)[:, None], shares=views / total
+        ensemble=np.add.reduce(sums) / total,
+        members=sums / np.maximum(views, 1)[:, None],
+        shares=[count / total for count in seen],
     )
 
 
 def entropy(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     """In nats, over the last axis. 0 log 0 is 0, and so is what rounding has put below 0."""
     positive = np.where(probabilities > 0, probabilities, 1.0)
-    result: NDArray[np.float64] = np.maximum(-(positive * np.log(positive)).sum(axis=-1), 0.0)
+    result: NDArray[np.float64] = np.maximum(-np.add.reduce(positive * np.log(positive), axis=-1), 0.0)
     return result
 
 
@@ -50,16 +55,17 @@ def uncertainty(mean: Average) -> tuple[float, float]:
     entropies. It is what an ensemble knows and one network does not: 0 where all members give the same probabilities,
     however unsure they are, and log(members) where each is sure of another class.
     """
-    of_mean, *of_members = entropy(np.vstack((mean.ensemble, mean.members))).tolist()
-    return of_mean, max(0.0, of_mean - float(mean.shares @ of_members))
+    of_mean, *of_members = entropy(np.concatenate((mean.ensemble[None], mean.members))).tolist()
+    expected = sum(share * own for share, own in zip(mean.shares, of_members, strict=True))
+    return of_mean, max(0.0, of_mean - expected)
 
 
 def top(probabilities: NDArray[np.float64], count: int) -> list[int]:
     """Indices of the `count` largest, largest first; of equals the lower first, so that answers are repeatable."""
     if not count < len(probabilities) > _FEW:
-        few: list[int] = np.argsort(-probabilities, kind="stable")[:count].tolist()
+        few: list[int] = (-probabilities).argsort(kind="stable")[:count].tolist()
         return few
     candidates = np.flatnonzero(probabilities >= np.partition(probabilities, -count)[-count])
-    order = np.argsort(-probabilities[candidates], kind="stable")
+    order = (-probabilities[candidates]).argsort(kind="stable")
     found: list[int] = candidates[order[:count]].tolist()
     return found
