@@ -25,7 +25,9 @@ RAW = {"Content-Type": "image/png"}
 
 @pytest.fixture(scope="module")
 def client(shipped: Bundle) -> Iterator[TestClient]:
-    with TestClient(create_app(Service(Settings(bundle=shipped.path)))) as ready:
+    # On a machine that does much else, what is sent here at once may wait for longer than is accepted by default.
+    settings = Settings(bundle=shipped.path, max_wait_seconds=600)
+    with TestClient(create_app(Service(settings))) as ready:
         wait_until_ready(ready)
         yield ready
 
