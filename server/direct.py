@@ -145,6 +145,7 @@ class DirectExchange:
         http.transport.write(b"".join([STATUS_LINE[answer.status], *of_server, own.encode("latin-1"), answer.body]))
         http.flush()
         self.response_complete = True
+        self._chunks.clear()  # of a body that was refused; the connection keeps this exchange until its next one
         if not self.keep_alive:
             http.transport.close()
         http.on_response_complete()

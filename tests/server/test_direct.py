@@ -37,11 +37,13 @@ def listen(pair: Bundle, monkeypatch: pytest.MonkeyPatch) -> Listen:
     @contextmanager
     def listening(engine: Callable[[int], FakeEngine] = FakeEngine, **settings: Any) -> Iterator[tuple[str, list[int]]]:
         directly: list[int] = []
+        unread: list[int] = []
 
         class Noted(direct.DirectExchange):
             def _write(self, answer: Any) -> None:
                 directly.append(answer.status)
                 super()._write(answer)
+                unread.append(len(self._chunks))
 
         monkeypatch.setattr(direct, "DirectExchange", Noted)
         service = Service(
@@ -58,6 +60,7 @@ def listen(pair: Bundle, monkeypatch: pytest.MonkeyPatch) -> Listen:
             url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
             wait_until_ready(url)
             yield url, directly
+            assert not any(unread)  # a connection keeps nothing of what it has refused
         finally:
             server.should_exit = True
             thread.join()
@@ -236,6 +239,16 @@ def test_a_client_that_reads_nothing_is_not_answered_any_further(
 
         answers = received(connection, sent)
         assert answers.count(b"HTTP/1.1 200 OK") == len(directly) == sent
+
+
+def test_a_body_that_came_with_a_refused_head_is_dropped(listen: Listen, png: Png) -> None:
+    with listen() as (url, directly), connect(url) as connection:
+        wrong = head(len(png())).replace(b"/predict", b"/predict?top_k=0")
+        connection.sendall(wrong + png())
+        assert received(connection, 1).startswith(b"HTTP/1.1 422")
+        connection.sendall(head(len(png())) + png())
+        assert received(connection, 1).startswith(b"HTTP/1.1 200")
+        assert directly == [422, 200]
 
 
 def test_a_client_behind_a_trusted_proxy_has_a_quota_of_its_own(listen: Listen, png: Png) -> None:
