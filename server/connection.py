@@ -1,4 +1,4 @@
-"""What routes ask of a request over ASGI: whose it is, how large, until when of use, whether its client is there."""
+"""What routes ask of a request over ASGI: what answers it, until when it is of use, its body, if a client is there."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ from fastapi import Depends, Header, Request
 from starlette.requests import ClientDisconnect
 
 from resnet_ensemble.server.classifier import Classifier
-from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.exchange import stopping
 from resnet_ensemble.server.openapi import NotNull
 from resnet_ensemble.server.service import Service
 
@@ -44,63 +44,13 @@ async def _leased(request: Request) -> AsyncIterator[Classifier]:
 Leased = Annotated[Classifier, Depends(_leased, scope="function")]
 
 
-def client_of(request: Request) -> str:
-    """The address that a quota counts for."""
-    return request.client.host if request.client else "unknown"
-
-
-def body_size(request: Request, largest: int) -> int:
-    """What the body will have at most."""
-    length = request.headers.get("content-length", "")
-    return min(int(length), largest) if length.isdecimal() else largest
-
-
-async def uploaded(reading: Awaitable[_T], allowed: float, deadline: float) -> _T:
-    """Await the reading of a body. It may take `allowed` seconds, and no longer than the request has.
-
-    Raises ApiError: "slow_upload", "deadline_exceeded".
-    """
-    left = deadline - time.monotonic()
-    try:
-        async with asyncio.timeout(min(allowed, left)):
-            return await reading
-    except TimeoutError:
-        if left < allowed:
-            detail = "the request's body did not arrive in the time that the request has"
-            raise ApiError("deadline_exceeded", detail) from None
-        raise ApiError("slow_upload", f"the request's body did not arrive within {allowed:g} s") from None
-
-
-async def unless_disconnected(request: Request, work: Awaitable[_T]) -> _T:
-    """Await `work`, but cancel it when the client goes away, so that its views leave the queues."""
-    try:
-        async with asyncio.timeout(None) as until:
-            gone = asyncio.create_task(_disconnect(request, until))
-            try:
-                return await work
-            finally:
-                gone.cancel()
-    except TimeoutError:
-        if until.expired():
-            raise ClientDisconnect from None
-        raise
-    except asyncio.CancelledError:  # uvicorn cancels what is not answered at the drain limit
-        raise ApiError("not_ready", "the server stops, and its time for what it had accepted is over") from None
-
-
-async def _disconnect(request: Request, until: asyncio.Timeout) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    until.reschedule(0)
-
-
 class AsgiExchange:
     """An Exchange over ASGI."""
 
     def __init__(self, request: Request) -> None:
         self.headers = dict(reversed(request.scope["headers"]))
         self.query: bytes = request.scope["query_string"]
-        self.client = client_of(request)
+        self.client = request.client.host if request.client else "unknown"
         self.request_id: str = request.state.request_id
         self._request = request
         self._more = True
@@ -119,4 +69,21 @@ class AsgiExchange:
 
     async def unless_gone(self, work: Awaitable[_T]) -> _T:
         """As Exchange has it. Raises ClientDisconnect."""
-        return await unless_disconnected(self._request, work)
+        try:
+            async with asyncio.timeout(None) as until:
+                gone = asyncio.create_task(self._leave(until))
+                try:
+                    return await work
+                finally:
+                    gone.cancel()
+        except TimeoutError:
+            if until.expired():
+                raise ClientDisconnect from None
+            raise
+        except asyncio.CancelledError:
+            raise stopping() from None
+
+    async def _leave(self, until: asyncio.Timeout) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        until.reschedule(0)

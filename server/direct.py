@@ -18,8 +18,15 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from resnet_ensemble.server import predict
-from resnet_ensemble.server.errors import ApiError
-from resnet_ensemble.server.exchange import CLIENT_CLOSED_REQUEST, REQUEST_ID, Answer, BodyLimit, identify, refusal
+from resnet_ensemble.server.exchange import (
+    CLIENT_CLOSED_REQUEST,
+    REQUEST_ID,
+    Answer,
+    BodyLimit,
+    identify,
+    refusal,
+    stopping,
+)
 from resnet_ensemble.server.protocol import LimitedHttp
 from resnet_ensemble.server.service import Service
 
@@ -129,9 +136,7 @@ class DirectExchange:
             if self.disconnected:
                 service.metrics.count("POST", predict.PATH, CLIENT_CLOSED_REQUEST)
                 return
-            # uvicorn cancels what is not answered at the drain limit
-            late = ApiError("not_ready", "the server stops, and its time for what it had accepted is over")
-            answer = refusal(late, self.request_id, service.metrics)
+            answer = refusal(stopping(), self.request_id, service.metrics)
         service.metrics.count("POST", predict.PATH, answer.status)
         self._write(answer)
 

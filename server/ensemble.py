@@ -2,8 +2,7 @@
 
 The ensemble's answer is the mean of all members' softmax vectors over all views, as in section 4.3 of the paper.
 
-The arrays are small and there is one image at a time, so a call of NumPy costs as much as what it computes: ufuncs'
-methods are called without the functions around them, and what is a number a member is a list.
+The arrays are small, and there is one image at a time: ufuncs' methods are called without the functions around them.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,9 @@
-"""A request for a prediction and its answer, whatever carries them: a connection of ours (direct.py), or ASGI."""
+"""A request with images and its answer, whatever carries them: a connection of ours (direct.py), or ASGI."""
 
 import random
 import re
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -63,6 +64,28 @@ class BodyLimit:
             raise ApiError("request_too_large", f"the request's body may have at most {self._most} bytes")
 
 
+async def read(exchange: Exchange, take: Callable[[bytes], None], allowed: float, deadline: float) -> None:
+    """Give a body to `take`. It may take `allowed` seconds, and no longer than the request has.
+
+    Raises ApiError: "slow_upload", "deadline_exceeded", "request_too_large", and what `take` raises.
+    """
+    until = time.monotonic() + allowed
+    try:
+        while (chunk := await exchange.chunk(min(until, deadline))) is not None:
+            take(chunk)
+    except TimeoutError:
+        if deadline < until:
+            detail = "the request's body did not arrive in the time that the request has"
+            raise ApiError("deadline_exceeded", detail) from None
+        raise ApiError("slow_upload", f"the request's body did not arrive within {allowed:g} s") from None
+
+
+def body_size(headers: Mapping[bytes, bytes], largest: int) -> int:
+    """What the body will have at most."""
+    length = headers.get(b"content-length", b"")
+    return min(int(length), largest) if length.isdigit() else largest
+
+
 def identify(given: bytes) -> str:
     """A request's id: the client's own when it is harmless, otherwise one that is made."""
     # Not uuid4: it asks the system for bytes, and whoever calls that waits for the interpreter lock afterwards.
@@ -85,6 +108,11 @@ def headers_of(error: ApiError, metrics: Metrics) -> dict[str, str]:
     if error.code == "unauthorized":
         headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 wants it
     return headers
+
+
+def stopping() -> ApiError:
+    """What a client is told whose request is cancelled, as uvicorn does at the drain limit."""
+    return ApiError("not_ready", "the server stops, and its time for what it had accepted is over")
 
 
 def internal_error() -> ApiError:

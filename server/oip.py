@@ -21,15 +21,13 @@ from pydantic import WithJsonSchema
 from resnet_ensemble.server import admin, models, openapi, tensors
 from resnet_ensemble.server.classifier import Classifier
 from resnet_ensemble.server.connection import (
+    AsgiExchange,
     Leased,
     Timeout,
-    body_size,
-    client_of,
     service_of,
-    unless_disconnected,
-    uploaded,
 )
 from resnet_ensemble.server.errors import KINDS, ApiError
+from resnet_ensemble.server.exchange import body_size, read
 from resnet_ensemble.server.models import Model
 from resnet_ensemble.server.oip_schemas import (
     REQUEST_BODY,
@@ -196,13 +194,14 @@ async def infer(
     classifier = model.classifier
     classifier.check_admission(deadline)
     with ExitStack() as held:
-        body = await _body(request, service, held, deadline)
+        exchange = AsgiExchange(request)
+        body = await _body(exchange, service, held, deadline)
         asked = await asyncio.to_thread(tensors.decode, body, header_length, model.inputs, model.outputs)
         if asked.parameters.timeout is not None:
             deadline = min(deadline, began + asked.parameters.timeout / 1e6)
         rows = model.rows(asked.inputs)
-        held.enter_context(service.quota.hold(client_of(request), rows))
-        outputs = await unless_disconnected(request, model.infer(asked.inputs, asked.parameters, deadline))
+        held.enter_context(service.quota.hold(exchange.client, rows))
+        outputs = await exchange.unless_gone(model.infer(asked.inputs, asked.parameters, deadline))
         head = {"model_name": model.name, "model_version": _version(classifier)}
         labels = classifier.bundle.manifest.labels
         content, length = await asyncio.to_thread(tensors.encode, head, asked, outputs, labels)
@@ -216,24 +215,18 @@ async def infer(
     return Response(content, 200, headers, "application/json" if length is None else "application/octet-stream")
 
 
-async def _body(request: Request, service: Service, held: ExitStack, deadline: float) -> bytes | bytearray:
+async def _body(exchange: AsgiExchange, service: Service, held: ExitStack, deadline: float) -> bytearray:
     """The body, decompressed. `held` holds the room for it."""
     settings = service.settings
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    encoding = exchange.headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
     if encoding != "identity" and encoding not in _WINDOW_BITS:
         raise ApiError(
             "unsupported_media_type", f"the content encoding is {encoding[:100]!r}; gzip and deflate are known"
         )
-    held.enter_context(service.memory.hold(body_size(request, settings.max_request_bytes)))
-    body = await uploaded(_whole(request), settings.upload_seconds, deadline)
-    return body if encoding == "identity" else await _decompress(body, encoding, service, held)
-
-
-async def _whole(request: Request) -> bytearray:
+    held.enter_context(service.memory.hold(body_size(exchange.headers, settings.max_request_bytes)))
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-    return body
+    await read(exchange, body.extend, settings.upload_seconds, deadline)
+    return body if encoding == "identity" else await _decompress(body, encoding, service, held)
 
 
 async def _decompress(body: bytearray, encoding: str, service: Service, held: ExitStack) -> bytearray:

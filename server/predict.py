@@ -17,7 +17,7 @@ from resnet_ensemble.server import uploads
 from resnet_ensemble.server.classifier import Classifier
 from resnet_ensemble.server.connection import TIMEOUT, Timeout
 from resnet_ensemble.server.errors import ApiError, problem
-from resnet_ensemble.server.exchange import Answer, Exchange, internal_error, refusal
+from resnet_ensemble.server.exchange import Answer, Exchange, body_size, internal_error, read, refusal
 from resnet_ensemble.server.schemas import Options, Prediction, Result, Results, Timings
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.uploads import Upload
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 PATH = "/predict"
 _SERVER_TIMING = ", ".join(f"{stage};dur=%g" for stage in Timings.model_fields)
+_TIMEOUT = TIMEOUT.lower().encode()
 _timeout: TypeAdapter[float | None] = TypeAdapter(Timeout)
 
 
@@ -49,9 +50,10 @@ async def _predict(exchange: Exchange, service: Service) -> Answer:
     with service.lease() as classifier:
         service.check_able()
         classifier.check_admission(deadline)
-        with service.memory.hold(_body_size(exchange, settings.max_request_bytes)):
+        with service.memory.hold(body_size(exchange.headers, settings.max_request_bytes)):
             reader = uploads.reader(exchange.headers, settings)
-            upload = await _read(exchange, reader, settings.upload_seconds, deadline)
+            await read(exchange, reader.feed, settings.upload_seconds, deadline)
+            upload = reader.end()
             if upload.fields:
                 options = _options(upload.fields).model_copy(update=options.model_dump(exclude_unset=True))
             with service.quota.hold(exchange.client, len(upload.images)):
@@ -61,23 +63,6 @@ async def _predict(exchange: Exchange, service: Service) -> Answer:
     if isinstance(answers[0], ApiError):
         raise answers[0]
     return _json(answers[0], _told_in_headers(answers[0], classifier))
-
-
-async def _read(exchange: Exchange, reader: uploads.Reader, allowed: float, deadline: float) -> Upload:
-    """Read a body. It may take `allowed` seconds, and no longer than the request has.
-
-    Raises ApiError: "slow_upload", "deadline_exceeded", and what `reader` raises.
-    """
-    until = time.monotonic() + allowed
-    try:
-        while (chunk := await exchange.chunk(min(until, deadline))) is not None:
-            reader.feed(chunk)
-    except TimeoutError:
-        if deadline < until:
-            detail = "the request's body did not arrive in the time that the request has"
-            raise ApiError("deadline_exceeded", detail) from None
-        raise ApiError("slow_upload", f"the request's body did not arrive within {allowed:g} s") from None
-    return reader.end()
 
 
 @lru_cache(maxsize=256)  # clients ask the same way again and again
@@ -103,15 +88,6 @@ def _seconds(headers: Mapping[bytes, bytes]) -> float | None:
         return _timeout.validate_python(given.decode("latin-1"))
     except ValidationError as error:
         raise ApiError("invalid_option", f"{TIMEOUT}: {error.errors()[0]['msg']}") from None
-
-
-_TIMEOUT = TIMEOUT.lower().encode()
-
-
-def _body_size(exchange: Exchange, largest: int) -> int:
-    """What the body will have at most."""
-    length = exchange.headers.get(b"content-length", b"")
-    return min(int(length), largest) if length.isdigit() else largest
 
 
 def _results(exchange: Exchange, answers: list[Prediction | ApiError], upload: Upload, service: Service) -> Results:
