@@ -46,9 +46,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from resnet_ensemble.export import engines, gate, golden, quantize, triton_repository
+from resnet_ensemble.export import declared, engines, gate, golden, quantize, triton_repository
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
 from resnet_ensemble.export.choice import choose
+from resnet_ensemble.export.declared import WeightsError
 from resnet_ensemble.export.engine_store import (
     DECISIVE_BATCH,
     REPORT,
@@ -306,16 +307,20 @@ def _bundle(arguments: argparse.Namespace) -> Bundle:
         return Bundle.open(arguments.bundle)
     if arguments.bundle.resolve() == SHIPPED:
         sys.exit("build_engines: name the bundle's folder, so that the one in the repository stays as it is")
-    from resnet_ensemble.export import to_onnx  # noqa: PLC0415  # torch, which building alone doesn't need
+    try:
+        chosen = declared.choose(arguments.weights, arguments.ensemble, arguments.labels)
+        made = declared.made_before(arguments.bundle, chosen)
+    except (WeightsError, OSError) as problem:
+        sys.exit(f"build_engines: {problem}")
+    if made:
+        return made
+    if arguments.dry_run:
+        print(f"{arguments.bundle} would be made first, and then its engines")
+        sys.exit(0)
+    from resnet_ensemble.export import to_onnx  # noqa: PLC0415  # torch: seconds, which a second run has no use for
 
     try:
-        chosen = to_onnx.choose(arguments.weights, arguments.ensemble, arguments.labels)
-        if arguments.dry_run and to_onnx.made_before(arguments.bundle, chosen) is None:
-            print(f"{arguments.bundle} would be made first, and then its engines")
-            sys.exit(0)
-        return to_onnx.export_named(
-            arguments.weights, arguments.bundle, ensemble=arguments.ensemble, labels=arguments.labels
-        )
+        return to_onnx.export_declared(chosen, arguments.bundle)
     except to_onnx.PROBLEMS as problem:
         sys.exit(f"build_engines: {problem}")
 

@@ -8,20 +8,25 @@
     ]
 
 Paths are relative to the current folder.
+
+No torch here: whether a bundle is made of just that already is told without it.
 """
 
 import hashlib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from resnet_ensemble.export import weights
-from resnet_ensemble.export.bundle import Name, Protocol
-from resnet_ensemble.export.weights import Source, WeightsError
-from resnet_ensemble.training.model import Stride
+from resnet_ensemble.export.bundle import Bundle, BundleError, Name, Protocol
 
 FOLDER = Path(__file__).parent / "ensembles"
+
+
+class WeightsError(Exception):
+    """The weights can't be found or read, or are not those of a network that we know."""
 
 
 class _Part(BaseModel):
@@ -33,18 +38,12 @@ class DeclaredMember(_Part):
 
     weights: str
     name: Name | None = None
-    stride: Stride = "v1.5"
+    stride: Literal["v1", "v1.5"] = "v1.5"  # training.model's Stride
     resize: int | None = None
     crop: int | None = None
     padding: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-
-    def read(self, labels: tuple[str, ...] | None) -> Source:
-        """Find and read the weights. Raises WeightsError, CheckpointError."""
-        fields = ("resize", "crop", "padding", "mean", "std")
-        given = {field: value for field in fields if (value := getattr(self, field)) is not None}
-        return weights.read(self.weights, name=self.name, preprocessing=given, labels=labels, stride_at=self.stride)
 
 
 class Declared(_Part):
@@ -63,10 +62,22 @@ class Declared(_Part):
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
-    def read(self) -> list[Source]:
-        """Every member. Raises WeightsError, CheckpointError."""
-        labels = read_labels(self.labels) if self.labels else None
-        return [member.read(labels) for member in self.members]
+
+def choose(weights: Sequence[str], ensemble: str | None, labels: Path | None) -> Declared:
+    """The ensemble of that name, or else of the weights. Raises WeightsError."""
+    if ensemble:
+        return load(ensemble)
+    return Declared(labels=labels, members=tuple(DeclaredMember(weights=text) for text in weights))
+
+
+def made_before(path: Path, chosen: Declared) -> Bundle | None:
+    """The bundle that is there, if it is made of just that and whole: a damaged one is made again."""
+    try:
+        bundle = Bundle.open(path)
+        bundle.verify()
+    except BundleError:
+        return None
+    return bundle if bundle.manifest.provenance.get("weights") == chosen.identity() else None
 
 
 def load(name: str) -> Declared:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from resnet_ensemble.export import declared, drawings, engines, gate, quantize
+from resnet_ensemble.export import drawings, engines, gate, quantize
 from resnet_ensemble.export.bundle import (
     NAME,
     Bundle,
@@ -49,9 +49,9 @@ from resnet_ensemble.export.bundle import (
     Member,
     write,
 )
-from resnet_ensemble.export.declared import Declared, DeclaredMember
+from resnet_ensemble.export.declared import Declared, WeightsError, choose, made_before
 from resnet_ensemble.export.gate import CalibrationError
-from resnet_ensemble.export.weights import Source, WeightsError
+from resnet_ensemble.export.weights import Source, read_all
 from resnet_ensemble.training import cifar
 from resnet_ensemble.training.checkpoint import CheckpointError
 from resnet_ensemble.training.cifar import DataError
@@ -284,28 +284,25 @@ def _calibrate(content: bytes, title: str, source: Source, folder: Path) -> tupl
     return file, found
 
 
-def export_named(
-    weights: Sequence[str],
+def export_declared(
+    chosen: Declared,
     path: Path,
     *,
-    ensemble: str | None = None,
-    labels: Path | None = None,
     name: str | None = None,
     version: str = "1",
     calibration: Path | None = None,
 ) -> Bundle:
-    """The bundle of the weights, or of the ensemble, of that name. Raises what PROBLEMS lists.
+    """The bundle of a declared ensemble. Raises what PROBLEMS lists.
 
     One that is there already, and whole, is not made again.
     """
     name = name or path.resolve().name
     if not re.fullmatch(NAME, name):
         raise ExportError(f"{name!r} is no name for a bundle: letters, digits, dot, dash, underscore; give it a --name")
-    chosen = choose(weights, ensemble, labels)
     if not calibration and (made := made_before(path, chosen)):
         return made
     return export(
-        chosen.read(),
+        read_all(chosen),
         path,
         name=name,
         version=version,
@@ -313,23 +310,6 @@ def export_named(
         calibration=calibration,
         identity=chosen.identity(),
     )
-
-
-def choose(weights: Sequence[str], ensemble: str | None, labels: Path | None) -> Declared:
-    """The ensemble of that name, or else of the weights. Raises WeightsError."""
-    if ensemble:
-        return declared.load(ensemble)
-    return Declared(labels=labels, members=tuple(DeclaredMember(weights=text) for text in weights))
-
-
-def made_before(path: Path, chosen: Declared) -> Bundle | None:
-    """The bundle that is there, if it is made of just that and whole: a damaged one is made again."""
-    try:
-        bundle = Bundle.open(path)
-        bundle.verify()
-    except BundleError:
-        return None
-    return bundle if bundle.manifest.provenance.get("weights") == chosen.identity() else None
 
 
 PROBLEMS = (
@@ -360,11 +340,9 @@ def main() -> None:
     if bool(arguments.weights) == bool(arguments.ensemble):
         parser.error("give WEIGHTS, or --ensemble NAME")
     try:
-        bundle = export_named(
-            arguments.weights,
+        bundle = export_declared(
+            choose(arguments.weights, arguments.ensemble, arguments.labels),
             arguments.bundle,
-            ensemble=arguments.ensemble,
-            labels=arguments.labels,
             name=arguments.name,
             version=arguments.version,
             calibration=arguments.calibration,

@@ -26,6 +26,7 @@ from torchvision.models import WeightsEnum, get_model_weights, get_weight
 from torchvision.models.resnet import ResNet50_Weights
 
 from resnet_ensemble.export.bundle import Measured
+from resnet_ensemble.export.declared import Declared, DeclaredMember, WeightsError, read_labels
 from resnet_ensemble.training import checkpoint, cifar
 from resnet_ensemble.training.checkpoint import Checkpoint
 from resnet_ensemble.training.model import BLOCKS, ResNet, Shortcut, Stride, imagenet
@@ -43,10 +44,6 @@ PREFIXES = re.compile(r"^((module|_orig_mod|model)\.)+")
 PUBLISHED = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
-class WeightsError(Exception):
-    """The weights can't be found or read, or are not those of a network that we know."""
-
-
 @dataclass(frozen=True)
 class Source:
     """A trained network in evaluation mode, and how to use it. `dataset`: a name of cifar.DATASETS, or imagenet."""
@@ -59,6 +56,18 @@ class Source:
     recipe: dict[str, Any] = field(default_factory=dict)
     measured: tuple[Measured, ...] = ()
     mean_image: Tensor | None = None
+
+
+def read_all(declared: Declared) -> list[Source]:
+    """Every member of an ensemble. Raises WeightsError, CheckpointError."""
+    labels = read_labels(declared.labels) if declared.labels else None
+    return [_read_member(member, labels) for member in declared.members]
+
+
+def _read_member(member: DeclaredMember, labels: tuple[str, ...] | None) -> Source:
+    fields = ("resize", "crop", "padding", "mean", "std")
+    given = {field: value for field in fields if (value := getattr(member, field)) is not None}
+    return read(member.weights, name=member.name, preprocessing=given, labels=labels, stride_at=member.stride)
 
 
 def read(

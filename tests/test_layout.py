@@ -88,6 +88,10 @@ def test_the_server_loads_no_torch_and_no_onnx(root: Path) -> None:
     assert loaded_by(import_all(root, "server")) & HEAVY == set()
 
 
+def test_building_engines_loads_no_torch() -> None:
+    assert "torch" not in loaded_by("import resnet_ensemble.export.build_engines")
+
+
 def test_the_sdk_loads_no_numpy_and_no_pillow(root: Path) -> None:
     extras = {"numpy", "PIL", "pydantic", "fastapi", "pyarrow", "fsspec", "ray"}
 

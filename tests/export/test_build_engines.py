@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_ensemble.export import build_engines, drawings, engines, to_onnx
+from resnet_ensemble.export import build_engines, declared, drawings, engines, to_onnx
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.triton_repository import Plan
 from resnet_ensemble.training.model import cifar
@@ -169,14 +169,19 @@ def test_mistakes_are_named(root: Path, bundle: Path, arguments: list[str], mess
     assert "Traceback" not in result.stderr
 
 
-def test_with_weights_the_bundle_is_made_first_and_only_once(root: Path, tmp_path: Path) -> None:
+def test_with_weights_the_bundle_is_made_first_and_only_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save(cifar(8, classes=3).state_dict(), tmp_path / "mine.pth")
     (tmp_path / "labels.txt").write_text("red\ngreen\nblue\n")
     options = ("--weights", tmp_path / "mine.pth", "--labels", tmp_path / "labels.txt", "--precision", "fp32")
 
     first = build_here(root, tmp_path / "made", *options)
     written = (tmp_path / "made" / "bundle.json").stat().st_mtime_ns
-    second = build_here(root, tmp_path / "made", *options)
+    with monkeypatch.context() as without_torch:  # which takes seconds to load
+        without_torch.setitem(sys.modules, "resnet_ensemble.export.to_onnx", None)
+        without_torch.delattr("resnet_ensemble.export.to_onnx")
+        second = build_here(root, tmp_path / "made", *options)
     dry = build(root, tmp_path / "other", *options, "--dry-run")
 
     manifest = Bundle.open(tmp_path / "made").manifest
@@ -194,9 +199,8 @@ def test_a_damaged_bundle_is_made_again_of_its_weights(
     torch.save(cifar(8, classes=3).state_dict(), tmp_path / "mine.pth")
     (tmp_path / "labels.txt").write_text("red\ngreen\nblue\n")
     monkeypatch.setattr(to_onnx, "to_onnx", lambda graph: b"a graph")  # the writing is what matters
-    made = partial(
-        to_onnx.export_named, [str(tmp_path / "mine.pth")], tmp_path / "made", labels=tmp_path / "labels.txt"
-    )
+    chosen = declared.choose([str(tmp_path / "mine.pth")], None, tmp_path / "labels.txt")
+    made = partial(to_onnx.export_declared, chosen, tmp_path / "made")
     made()
     before = (tmp_path / "made" / file).read_bytes()
     (tmp_path / "made" / file).write_bytes(before[:-9])

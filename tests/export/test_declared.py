@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from resnet_ensemble.export import declared
-from resnet_ensemble.export.declared import FOLDER
-from resnet_ensemble.export.weights import WeightsError
+from resnet_ensemble.export.declared import FOLDER, WeightsError
+from resnet_ensemble.export.weights import read_all
 from resnet_ensemble.training.model import imagenet
 
 
@@ -43,7 +43,7 @@ def test_someone_s_own_ensemble_is_read_with_all_that_it_says(tmp_path: Path) ->
     )
 
     ensemble = declared.load(file)
-    first, second = ensemble.read()
+    first, second = read_all(ensemble)
 
     assert ensemble.protocol == "flip"
     assert (first.name, second.name) == ("resnet18", "again")
@@ -83,7 +83,7 @@ def test_a_preprocessing_that_can_t_be_is_refused(tmp_path: Path, given: str, me
     text = f'members = [{{ weights = "{tmp_path}/r.pth", {given} }}]'
 
     with pytest.raises(WeightsError, match=rf"r\.pth: .*{message}"):
-        declared.load(write(tmp_path / "x.toml", text)).read()
+        read_all(declared.load(write(tmp_path / "x.toml", text)))
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:

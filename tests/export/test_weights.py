@@ -14,7 +14,8 @@ from torch import Tensor
 from torchvision.models import ResNet50_Weights
 
 from resnet_ensemble.export import weights
-from resnet_ensemble.export.weights import IMAGENET, IMAGENET_LABELS, WeightsError
+from resnet_ensemble.export.declared import WeightsError
+from resnet_ensemble.export.weights import IMAGENET, IMAGENET_LABELS
 from resnet_ensemble.training import checkpoint
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch
 from resnet_ensemble.training.model import Shortcut, cifar, imagenet
