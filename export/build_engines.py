@@ -28,14 +28,12 @@ the TensorRT plan that was chosen for it, for a Triton with the same TensorRT on
 import argparse
 import hashlib
 import importlib.util
-import json
 import runpy
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -46,20 +44,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from resnet_ensemble.export import declared, engines, gate, golden, quantize, triton_repository
+from resnet_ensemble.export import build_report, declared, engines, gate, golden, quantize, triton_repository
+from resnet_ensemble.export.build_report import Row
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
 from resnet_ensemble.export.choice import choose
 from resnet_ensemble.export.declared import WeightsError
-from resnet_ensemble.export.engine_store import (
-    DECISIVE_BATCH,
-    REPORT,
-    Choice,
-    EngineStore,
-    Record,
-    Stored,
-    fingerprint,
-    tolerance,
-)
+from resnet_ensemble.export.engine_store import EngineStore, Record, Stored, fingerprint, tolerance
 from resnet_ensemble.export.engines import (
     CALIBRATED,
     Device,
@@ -180,22 +170,6 @@ def rate(engine: engines.Engine, side: int, batch: int) -> float:
     return round(batch / statistics.median(seconds), 1)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: an engine, or why there is none."""
-
-    member: str
-    backend: str
-    precision: Precision
-    record: Record | None
-    note: str
-
-    @property
-    def key(self) -> str:
-        """Its name in the report."""
-        return f"{self.member}/{self.backend}/{self.precision}"
-
-
 def build_all(
     bundle: Bundle,
     *,
@@ -252,45 +226,6 @@ def _row(store: EngineStore, workshop: Workshop, backend: str, precision: Precis
         return Row(member.name, backend, precision, None, f"failed: {error}")
     store.add(record, compiled)
     return Row(member.name, backend, precision, record, "built")
-
-
-def table(rows: list[Row], chosen: set[str]) -> str:
-    """The rows as aligned text."""
-    rates = [f"views/s x{n}" for n in TIMED_BATCHES]
-    cells = [["member", "backend", "precision", *rates, "agreement", "max |dp|", "MB", "build s", "verdict"]]
-    for row in rows:
-        if row.record is None:
-            cells.append([row.member, row.backend, row.precision, "", "", "", "", "", "", "", row.note])
-            continue
-        record = row.record
-        verdict = "chosen" if record.key in chosen else record.verdict
-        cells.append(
-            [
-                record.member,
-                f"{record.backend} {record.version}",
-                record.precision,
-                *(f"{record.views_per_second[str(n)]:,.0f}" for n in TIMED_BATCHES),
-                f"{record.agreement:.1%} of {record.gate_views}",
-                f"{record.difference:.1e}",
-                f"{record.size / 1e6:.1f}",
-                f"{record.build_seconds:.2f}",
-                f"{verdict}, {row.note}",
-            ]
-        )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
-
-
-def as_json(bundle: Bundle, rows: Sequence[Row], chosen: dict[str, str], choice: Choice | None) -> str:
-    """The rows as JSON: engines with what was found of them, what was chosen, and why others are not there."""
-    content = {
-        "bundle": bundle.identity,
-        "chosen": chosen,
-        "choice": choice and asdict(choice),
-        "engines": {row.key: asdict(row.record) | {"note": row.note} for row in rows if row.record},
-        "without": {row.key: row.note for row in rows if not row.record},
-    }
-    return json.dumps(content, indent=1, ensure_ascii=False)
 
 
 def plans(bundle: Bundle, best: list[Stored | None]) -> dict[str, Plan]:
@@ -383,12 +318,12 @@ def main() -> None:
         sys.exit(f"build_engines: {problem}; nothing is half-written: run it again when this is solved")
     chosen = {stored.record.member: stored.record.key for stored in best if stored}
     if arguments.json:
-        print(as_json(bundle, rows, chosen, store.choice()))
+        print(build_report.as_json(bundle, rows, chosen, store.choice()))
     else:
-        print(table(rows, set(chosen.values())))
+        print(build_report.table(rows, set(chosen.values())))
         if choice := store.choice():
-            print(_told(choice))
-        print(_summary(bundle, rows, store, dry_run=arguments.dry_run))
+            print(build_report.told(choice))
+        print(build_report.summary(bundle, rows, store, dry_run=arguments.dry_run))
         if arguments.triton:
             print(f"Triton model repository: {arguments.triton}")
     without = [name for name in asked if name not in chosen]
@@ -401,25 +336,6 @@ def _asked(bundle: Bundle, only: list[str] | None) -> list[str]:
     if unknown := set(only or ()) - set(names):
         sys.exit(f"build_engines: no member named {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     return only or names
-
-
-def _told(choice: Choice) -> str:
-    agreeing = round(choice.agreement * choice.images)
-    text = f"the chosen together, over ten crops: FP32's label on {agreeing} of {choice.images} pictures"
-    text += f" ({choice.agreement:.1%}), max |dp| {choice.difference:.1e}"
-    if choice.error is not None:
-        text += f", error {choice.error:.2f} % (FP32: {choice.reference_error:.2f} %)"
-    return f"{text}; faster combinations that did not pass: {choice.refused}"
-
-
-def _summary(bundle: Bundle, rows: Sequence[Row], store: EngineStore, *, dry_run: bool) -> str:
-    built = sum(row.note in ("built", "would be built") for row in rows)
-    reused = sum(row.note == "reused" for row in rows)
-    failed = sum(row.note.startswith("failed") for row in rows)
-    counts = f"{built or 'no'} engines {'to build' if dry_run else 'built'}, {reused} reused"
-    counts += f", {failed} failed" if failed else ""
-    written = "nothing was written" if dry_run else f"written to {store.folder / REPORT}"
-    return f"{bundle.identity}: {counts}; chosen by views/s x{DECISIVE_BATCH} among those that passed; {written}"
 
 
 if __name__ == "__main__":

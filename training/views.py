@@ -87,20 +87,25 @@ class Preprocessing:
 
 
 def make_views(image: Image.Image, preprocessing: Preprocessing, protocol: str) -> NDArray[np.uint8]:
-    """The views of an RGB image under a protocol: uint8 (views, crop, crop, 3), in the protocol's order."""
+    """The views of an RGB image under a protocol: uint8 (views, crop, crop, 3), in the protocol's order.
+
+    The border is made only if a view shows some of it.
+    """
     resized = resize(image, preprocessing.resize)
     seen = {False: resized}
     if any(view.mirrored for view in PROTOCOLS[protocol]):
         seen[True] = mirror(resized)
     pixels = {mirrored: np.asarray(picture) for mirrored, picture in seen.items()}  # (h, w, 3)
-    if preprocessing.padding:
+    crop, border = preprocessing.crop, preprocessing.padding
+    height, width, _ = pixels[False].shape
+    windows = [corner(view.position, height + 2 * border, width + 2 * border, crop) for view in PROTOCOLS[protocol]]
+    windows = [(top - border, left - border) for top, left in windows]
+    if not all(0 <= top <= height - crop and 0 <= left <= width - crop for top, left in windows):
         colour = mean_colour(preprocessing.mean)
-        pixels = {mirrored: pad(one, preprocessing.padding, colour) for mirrored, one in pixels.items()}
-    crop = preprocessing.crop
-    views = np.empty((len(PROTOCOLS[protocol]), crop, crop, 3), np.uint8)
-    for out, view in zip(views, PROTOCOLS[protocol], strict=True):
-        height, width, _ = pixels[False].shape
-        top, left = corner(view.position, height, width, crop)
+        pixels = {mirrored: pad(one, border, colour) for mirrored, one in pixels.items()}
+        windows = [(top + border, left + border) for top, left in windows]
+    views = np.empty((len(windows), crop, crop, 3), np.uint8)
+    for out, view, (top, left) in zip(views, PROTOCOLS[protocol], windows, strict=True):
         out[:] = pixels[view.mirrored][top : top + crop, left : left + crop]
     return views
 

@@ -63,14 +63,14 @@ def test_ten_crops_at_imagenet_sizes_are_torchvisions(size: tuple[int, int]) -> 
     np.testing.assert_array_equal(views, reference(picture(size), how, v2.TenCrop(224)))
 
 
-@settings(max_examples=50, deadline=None)
-@given(size=SIZES)
-def test_center_is_torchvisions_center_crop(size: tuple[int, int]) -> None:
-    how = preprocessing()
+@settings(max_examples=150, deadline=None)
+@given(size=SIZES, resize=st.integers(22, 45), padding=st.integers(1, 4))
+def test_center_is_torchvisions_center_crop(size: tuple[int, int], resize: int, padding: int) -> None:
+    how = preprocessing(resize=resize, crop=24, padding=padding)
 
     views = make_views(picture(size), how, "center")
 
-    np.testing.assert_array_equal(views, reference(picture(size), how, v2.CenterCrop(32)))
+    np.testing.assert_array_equal(views, reference(picture(size), how, v2.CenterCrop(24)))
 
 
 @given(size=SIZES, protocol=st.sampled_from(list(PROTOCOLS)))
