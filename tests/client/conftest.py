@@ -1,4 +1,4 @@
-"""Both clients behind one face, so that every test of the SDK runs on both."""
+"""Both clients behind one face, so that every test of the SDK runs on both, and answers to script."""
 
 import asyncio
 import time
@@ -51,6 +51,31 @@ class Blocking:
 
 
 Either = Client | Blocking
+Png = Callable[..., bytes]
+Scripted = Callable[..., tuple[Either, list[httpx2.Request]]]
+
+
+def problem(status: int, code: str, **headers: str) -> httpx2.Response:
+    return httpx2.Response(status, json={"code": code, "detail": "why"}, headers={"X-Request-ID": "r1", **headers})
+
+
+PREDICTION = {
+    "label": "cat",
+    "index": 3,
+    "probability": 0.9,
+    "top": [{"label": "cat", "index": 3, "probability": 0.9}],
+    "members": [{"member": "resnet20", "label": "cat", "index": 3, "probability": 0.8}],
+    "protocol": "10crop",
+    "views_used": 20,
+    "views_planned": 20,
+    "bundle": "cifar10-1-0",
+    "timings_ms": {"total": 1.0},
+    "a field of a newer server": None,
+}
+
+
+def ok(**fields: Any) -> httpx2.Response:
+    return httpx2.Response(200, json=PREDICTION | fields, headers={"X-Request-ID": "r0"})
 
 
 @pytest.fixture(params=["sync", "async"])

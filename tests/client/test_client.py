@@ -3,8 +3,6 @@
 import asyncio
 import dataclasses
 import inspect
-import io
-import pickle
 import subprocess
 import sys
 import threading
@@ -15,38 +13,11 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 import resnet_ensemble.client as sdk
 from resnet_ensemble.client import AsyncClient, Client, Prediction
-from tests.client.conftest import Either
-
-Png = Callable[..., bytes]
-Scripted = Callable[..., tuple[Either, list[httpx2.Request]]]
-
-
-def problem(status: int, code: str, **headers: str) -> httpx2.Response:
-    return httpx2.Response(status, json={"code": code, "detail": "why"}, headers={"X-Request-ID": "r1", **headers})
-
-
-PREDICTION = {
-    "label": "cat",
-    "index": 3,
-    "probability": 0.9,
-    "top": [{"label": "cat", "index": 3, "probability": 0.9}],
-    "members": [{"member": "resnet20", "label": "cat", "index": 3, "probability": 0.8}],
-    "protocol": "10crop",
-    "views_used": 20,
-    "views_planned": 20,
-    "bundle": "cifar10-1-0",
-    "timings_ms": {"total": 1.0},
-    "a field of a newer server": None,
-}
-
-
-def ok(**fields: Any) -> httpx2.Response:
-    return httpx2.Response(200, json=PREDICTION | fields, headers={"X-Request-ID": "r0"})
-
+from tests.client.conftest import Either, Png, Scripted, ok, problem
 
 # Classifying
 
@@ -63,84 +34,6 @@ def test_a_prediction_is_typed_and_frozen(connected: Either, png: Png) -> None:
     assert prediction.request_id
     with pytest.raises(AttributeError):
         prediction.label = "cat"  # type: ignore[misc]
-
-
-def images(tmp_path: Path, content: bytes) -> dict[str, Any]:
-    (tmp_path / "cat.png").write_bytes(content)
-    picture = Image.open(io.BytesIO(content))
-    return {
-        "path": tmp_path / "cat.png",
-        "string": str(tmp_path / "cat.png"),
-        "bytes": content,
-        "bytearray": bytearray(content),
-        "memoryview": memoryview(content),
-        "file": (tmp_path / "cat.png").open("rb"),
-        "BytesIO": io.BytesIO(content),
-        "PIL": picture,
-        "PIL CMYK": picture.convert("CMYK"),
-        "array": np.asarray(picture),
-        "grey array": np.asarray(picture.convert("L")),
-        "array of one channel": np.asarray(picture.convert("L"))[..., None],
-        "RGBA array": np.asarray(picture.convert("RGBA")),
-        "strided array": np.asarray(picture)[::2, ::-1],
-    }
-
-
-KINDS = [
-    "path", "string", "bytes", "bytearray", "memoryview", "file", "BytesIO", "PIL", "PIL CMYK",
-    "array", "grey array", "array of one channel", "RGBA array", "strided array",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_image_is_sent(scripted: Scripted, png: Png, tmp_path: Path, kind: str) -> None:
-    client, requests = scripted(ok())
-    given = images(tmp_path, png(255))
-    try:
-        client.classify(given[kind])
-    finally:
-        given["file"].close()
-
-    assert Image.open(io.BytesIO(requests[0].content)).convert("RGB").getextrema() == ((255, 255),) * 3
-
-
-def test_an_array_arrives_as_it_is(scripted: Scripted) -> None:
-    array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    client, requests = scripted(ok(), ok())
-
-    client.classify(array)
-    client.classify(array[:, ::-1])
-
-    received = [np.asarray(Image.open(io.BytesIO(request.content))) for request in requests]
-    assert (received[0] == array).all()
-    assert (received[1] == array[:, ::-1]).all()
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_a_pil_image_is_turned_as_its_file_is(scripted: Scripted, kind: str) -> None:
-    picture = Image.new("RGB", (8, 4))
-    picture.putpixel((0, 0), (255, 255, 255))
-    exif = picture.getexif()
-    exif[0x112] = 6
-    file = io.BytesIO()
-    picture.save(file, kind, exif=exif)
-    client, requests = scripted(ok())
-
-    client.classify(Image.open(file))
-
-    turned = ImageOps.exif_transpose(Image.open(io.BytesIO(requests[0].content)))
-    assert turned.tobytes() == ImageOps.exif_transpose(Image.open(file)).tobytes()
-    assert turned.size == (4, 8)
-
-
-@pytest.mark.parametrize("mode", ["La", "PA", "RGBa", "LA", "RGBA", "CMYK", "I;16B", "1"])
-def test_pil_images_of_every_mode_are_sent_and_stay_transparent(scripted: Scripted, mode: str) -> None:
-    client, requests = scripted(ok())
-
-    client.classify(Image.new(mode, (4, 4)))
-
-    sent = Image.open(io.BytesIO(requests[0].content))
-    assert sent.has_transparency_data == mode.upper().endswith("A")
 
 
 @pytest.mark.parametrize("concurrency", [0, -1])
@@ -167,40 +60,6 @@ def test_a_key_that_can_not_be_sent_is_told_but_not_shown(scripted: Scripted, pn
     with pytest.raises(sdk.ResnetError, match="characters that no header can have") as failure:
         client.classify(png(0))
     assert "secr" not in str(failure.value)
-
-
-@pytest.mark.parametrize("image", [None, 3, io.StringIO("text"), ["a"]])
-def test_what_is_no_image_is_refused_before_anything_is_sent(scripted: Scripted, image: Any) -> None:
-    client, requests = scripted()
-
-    with pytest.raises(TypeError, match="an image must be a path, bytes"):
-        client.classify(image)
-    assert requests == []
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.zeros((2, 2, 3)),
-        np.zeros((3, 2, 2), np.uint8),
-        np.zeros((0, 2), np.uint8),
-        np.zeros((1, 2, 2, 3), np.uint8),
-        np.zeros((), np.uint8),
-    ],
-    ids=["float", "channels first", "empty", "a batch", "a number"],
-)
-def test_an_array_that_is_no_picture_is_refused(scripted: Scripted, array: Any) -> None:
-    client, _ = scripted()
-
-    with pytest.raises(TypeError, match=r"an array must be uint8 of shape \(h, w\).*not "):
-        client.classify(array)
-
-
-def test_a_path_that_does_not_exist_is_an_os_error(scripted: Scripted) -> None:
-    client, _ = scripted()
-
-    with pytest.raises(FileNotFoundError, match=r"no\.jpg"):
-        client.classify("no.jpg")
 
 
 def test_only_the_options_that_are_given_are_sent(scripted: Scripted, png: Png) -> None:
@@ -372,162 +231,6 @@ def test_leaving_many_early_cancels_what_is_under_way(png: Png) -> None:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(leave())
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("content", "error", "code"),
-    [
-        (b"", sdk.BadRequestError, "empty_image"),
-        (b"no image", sdk.UnsupportedImageError, "unsupported_image_format"),
-        (b"BM\0\0", sdk.ImageError, "corrupt_image"),
-    ],
-)
-def test_a_bad_image_is_a_typed_error(
-    connected: Either, content: bytes, error: type[sdk.StatusError], code: str
-) -> None:
-    with pytest.raises(error, match=code) as caught:
-        connected.classify(content)
-
-    assert caught.value.code == code
-    assert caught.value.detail
-    assert caught.value.request_id in str(caught.value)
-
-
-def test_a_wrong_option_is_a_typed_error(connected: Either, png: Png) -> None:
-    with pytest.raises(sdk.ImageError, match="invalid_option"):
-        connected.classify(png(), protocol="11crop")
-
-
-@pytest.mark.parametrize(
-    ("answer", "error"),
-    [
-        (problem(404, "not_found"), sdk.BadRequestError),
-        (problem(401, "unauthorized"), sdk.AuthenticationError),
-        (problem(403, "forbidden"), sdk.AuthenticationError),
-        (problem(413, "too_many_pixels"), sdk.TooLargeError),
-        (problem(429, "quota_exceeded"), sdk.QuotaExceededError),
-        (problem(500, "engine_failure"), sdk.ServerError),
-        (problem(503, "overloaded"), sdk.OverloadedError),
-        (problem(503, "not_ready"), sdk.NotReadyError),
-        (httpx2.Response(502, text="<html>bad gateway</html>"), sdk.ServerError),
-        (httpx2.Response(301, headers={"location": "https://x/"}), sdk.ResponseError),
-        (httpx2.ConnectError("refused"), sdk.ConnectionFailedError),
-        (httpx2.ReadTimeout("slow"), sdk.TimedOutError),
-    ],
-)
-def test_every_failure_has_its_error(scripted: Scripted, answer: Any, error: type[sdk.ResnetError], png: Png) -> None:
-    client, _ = scripted(answer, max_retries=0)
-
-    with pytest.raises(sdk.ResnetError) as caught:
-        client.classify(png())
-
-    assert type(caught.value) is error
-
-
-@pytest.mark.parametrize("body", ["<html>", "[]", '{"label": "cat"}', "null", '{"label": "cat", "top": ["cat"]}'])
-def test_another_kind_of_server_is_recognised(scripted: Scripted, body: str, png: Png) -> None:
-    client, _ = scripted(httpx2.Response(200, text=body))
-
-    with pytest.raises(sdk.ResponseError, match="something else than a resnet-ensemble server"):
-        client.classify(png())
-
-
-def test_every_error_is_drawn_in_the_tree() -> None:
-    from resnet_ensemble.client import _errors
-
-    errors = {name for name, value in vars(_errors).items() if isinstance(value, type)}
-
-    assert all(name in (_errors.__doc__ or "") for name in errors)
-    assert errors <= set(sdk.__all__)
-
-
-def test_answers_and_errors_cross_processes(scripted: Scripted, png: Png) -> None:
-    client, _ = scripted(ok(), problem(422, "corrupt_image", **{"Retry-After": "3"}))
-
-    for answer in client.classify_many([png(), png()], concurrency=1):
-        copy = pickle.loads(pickle.dumps(answer))
-        assert type(copy) is type(answer)
-        assert vars(copy) == vars(answer)
-
-
-# Retries
-
-
-@pytest.mark.parametrize(
-    "failure",
-    [
-        problem(408, "slow_upload"),
-        problem(429, "quota_exceeded"),
-        problem(500, "internal_error"),
-        problem(503, "overloaded"),
-        httpx2.ConnectError("refused"),
-        httpx2.ReadTimeout("slow"),
-    ],
-    ids=str,
-)
-def test_what_may_pass_is_tried_twice_more(scripted: Scripted, failure: Any, png: Png, waits: list[float]) -> None:
-    client, requests = scripted(failure, failure, ok())
-
-    assert client.classify(png()).request_id == "r0"
-    assert len(requests) == 3
-    assert 0.25 <= waits[0] <= 0.5 <= waits[1] <= 1.0
-
-
-def test_a_file_is_sent_whole_again(scripted: Scripted, png: Png, waits: list[float]) -> None:
-    client, requests = scripted(problem(503, "overloaded"), ok())
-
-    client.classify(io.BytesIO(png(9)))
-
-    assert [request.content for request in requests] == [png(9), png(9)]
-
-
-def test_after_two_retries_the_last_error_is_raised(scripted: Scripted, png: Png, waits: list[float]) -> None:
-    client, requests = scripted(*[problem(503, "overloaded")] * 3)
-
-    with pytest.raises(sdk.OverloadedError):
-        client.classify(png())
-    assert len(requests) == 3
-
-
-@pytest.mark.parametrize("status", [400, 404, 413, 415, 422, 501])
-def test_what_will_not_pass_is_not_tried_again(scripted: Scripted, status: int, png: Png, waits: list[float]) -> None:
-    client, requests = scripted(problem(status, "corrupt_image"))
-
-    with pytest.raises(sdk.StatusError):
-        client.classify(png())
-    assert (len(requests), waits) == (1, [])
-
-
-def test_the_servers_retry_after_is_honoured(scripted: Scripted, png: Png, waits: list[float]) -> None:
-    client, _ = scripted(problem(503, "overloaded", **{"Retry-After": "7"}), ok())
-
-    client.classify(png())
-
-    assert 7 <= waits[0] <= 7 * 1.25
-
-
-def test_a_retry_that_would_come_too_late_is_given_up_at_once(scripted: Scripted, png: Png, waits: list[float]) -> None:
-    answer = problem(503, "overloaded", **{"Retry-After": "40"})
-    default, _ = scripted(answer, ok())
-    hasty, requests = scripted(answer, retry_seconds=10)
-
-    default.classify(png())
-    with pytest.raises(sdk.OverloadedError) as caught:
-        hasty.classify(png())
-
-    assert caught.value.retry_after == 40
-    assert (len(requests), len(waits)) == (1, 1)
-
-
-def test_ready_asks_once_and_never_raises(scripted: Scripted) -> None:
-    for answer, expected in [(problem(503, "not_ready"), False), (httpx2.ConnectError("refused"), False), (ok(), True)]:
-        client, requests = scripted(answer)
-
-        assert client.ready() is expected
-        assert len(requests) == 1
 
 
 # Options and transport
