@@ -13,11 +13,10 @@ a length. The report says how many requests a second it manages against an endpo
 import argparse
 import asyncio
 import math
-import os
 import random
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +29,6 @@ BOUNDARY = "a-picture-in-a-form"
 MOST_CONNECTIONS = 512  # a process may often have no more than 1024 files; what comes beyond it waits here
 UNANSWERED = 0  # in place of a status
 _OK = 200
-_FIRST = -10  # less nice than the servers
 _SETTLED = 3  # quick answers in a row
 _SETTLING_SECONDS = 60.0
 
@@ -76,12 +74,39 @@ def form(path: str, picture: bytes) -> bytes:
     return "\r\n".join((*lines, "", "")).encode() + body
 
 
-class Connection(asyncio.Protocol):
-    """One connection, one request at a time."""
+@dataclass(eq=False)
+class Question:
+    """A request, and what to do once with its answer. `due`: of time.perf_counter(), from when its latency counts."""
 
-    def __init__(self) -> None:
-        self._received = bytearray()
-        self._answer: asyncio.Future[tuple[int, bool]] | None = None
+    request: bytes
+    due: float
+    then: Callable[[Answer], None]
+    timer: asyncio.TimerHandle | None = None
+    connection: "Connection | None" = None
+    open: bool = True
+
+    def answer(self, status: int, *, retry_after: bool = False) -> None:
+        """There is an answer, or none will come."""
+        if self.open:
+            self.open = False
+            if self.timer:
+                self.timer.cancel()
+            self.then(Answer(time.perf_counter() - self.due, status, retry_after))
+
+    def give_up(self) -> None:
+        """Do not wait any longer."""
+        if self.connection:
+            self.connection.close()
+        self.answer(UNANSWERED)
+
+
+class Connection(asyncio.Protocol):
+    """One connection, one request at a time. `free` is called when the next may follow, or nothing may any more."""
+
+    def __init__(self, free: "Callable[[Connection], None]") -> None:
+        self._free = free
+        self._received = b""
+        self._question: Question | None = None
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -90,37 +115,37 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Asyncio calls it."""
-        self._received += data
+        self._received += data  # most answers come in one piece, which is not copied
         end = self._received.find(b"\r\n\r\n")
-        if end < 0 or self._answer is None:
+        if end < 0 or self._question is None:
             return
-        head = bytes(self._received[:end]).lower()
+        head = self._received[:end].lower()
         if len(self._received) < end + 4 + int(head.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0]):
             return
-        self._received.clear()
+        self._received = b""
         if b"\r\nconnection: close" in head:
             self.close()
-        answer, self._answer = self._answer, None
-        if not answer.done():
-            answer.set_result((int(head[9:12]), b"\r\nretry-after:" in head))
+        question, self._question = self._question, None
+        self._free(self)
+        question.answer(int(head[9:12]), retry_after=b"\r\nretry-after:" in head)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         """Asyncio calls it."""
         self._transport = None
-        if self._answer and not self._answer.done():
-            self._answer.set_exception(exc or ConnectionResetError("closed before an answer"))
+        self._free(self)
+        if self._question:
+            self._question.answer(UNANSWERED)
 
     @property
     def usable(self) -> bool:
         """It is open, and nothing is under way."""
-        return self._transport is not None and not self._transport.is_closing() and self._answer is None
+        return self._transport is not None and not self._transport.is_closing() and self._question is None
 
-    async def send(self, request: bytes) -> tuple[int, bool]:
-        """The status, and whether there is a Retry-After."""
+    def send(self, question: Question) -> None:
+        """Only on a usable one."""
         assert self._transport is not None
-        self._answer = asyncio.get_running_loop().create_future()
-        self._transport.write(request)
-        return await self._answer
+        self._question, question.connection = question, self
+        self._transport.write(question.request)
 
     def close(self) -> None:
         """It is not used again."""
@@ -129,57 +154,103 @@ class Connection(asyncio.Protocol):
 
 
 class Clients:
-    """Connections to one server, opened when needed, and what its answers took. `begun`: requests so far."""
+    """Connections to one server, opened when needed. `begun`: requests so far.
+
+    What they take of the processor, the server does not get. So they call back, and have no tasks.
+    """
 
     def __init__(self, host: str, port: int, requests: Sequence[bytes]) -> None:
         self._address = host, port
         self._requests = requests
         self.begun = 0
+        self._connections: set[Connection] = set()
         self._idle: list[Connection] = []
-        self._room = asyncio.Semaphore(MOST_CONNECTIONS)
+        self._opening: set[asyncio.Task[None]] = set()
+        self._waiting: deque[Question] = deque()  # until there may be another connection, or one is free
 
-    async def ask(self, due: float, patience: float = _SETTLING_SECONDS) -> Answer:
-        """Send the next request. `due`: of time.perf_counter(), from when its latency counts."""
-        request = self._requests[self.begun % len(self._requests)]
+    def ask(self, due: float, then: Callable[[Answer], None], patience: float = _SETTLING_SECONDS) -> None:
+        """Send the next request, as Question has it; `patience`: seconds after which it is given up."""
+        question = Question(self._requests[self.begun % len(self._requests)], due, then)
+        question.timer = asyncio.get_running_loop().call_later(patience, question.give_up)
         self.begun += 1
-        connection: Connection | None = None
-        status, retry_after = UNANSWERED, False
-        try:
-            async with asyncio.timeout(patience), self._room:
-                connection = await self._connect()
-                status, retry_after = await connection.send(request)
-        except (OSError, TimeoutError):
-            pass  # it stays UNANSWERED
-        if connection and connection.usable:
-            self._idle.append(connection)
-        elif connection:
-            connection.close()
-        return Answer(time.perf_counter() - due, status, retry_after)
-
-    def close(self) -> None:
-        """Close all."""
-        for connection in self._idle:
-            connection.close()
-
-    async def _connect(self) -> Connection:
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
-                return connection
-        _, connection = await asyncio.get_running_loop().create_connection(Connection, *self._address)
-        return connection
+                connection.send(question)
+                return
+        self._waiting.append(question)
+        self._open_more()
+
+    async def answer(self) -> Answer:
+        """To the next request, which is due now."""
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.ask(time.perf_counter(), answered.set_result)
+        return await answered
+
+    def close(self) -> None:
+        """Close all."""
+        for connection in self._connections:
+            connection.close()
+
+    def _open_more(self) -> None:
+        while len(self._opening) < min(len(self._waiting), MOST_CONNECTIONS - len(self._connections)):
+            task = asyncio.get_running_loop().create_task(self._open())
+            self._opening.add(task)
+            task.add_done_callback(self._opened)
+
+    async def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            _, connection = await loop.create_connection(lambda: Connection(self._free), *self._address)
+        except OSError:
+            if self._waiting:
+                self._waiting.popleft().answer(UNANSWERED)
+            return
+        self._connections.add(connection)
+        self._free(connection)
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self._opening.discard(task)
+        self._open_more()
+
+    def _free(self, connection: Connection) -> None:
+        if not connection.usable:
+            self._connections.discard(connection)
+            self._open_more()
+            return
+        while self._waiting:
+            question = self._waiting.popleft()
+            if question.open:
+                connection.send(question)
+                return
+        self._idle.append(connection)
 
 
 async def closed_loop(clients: Clients, concurrency: int, seconds: float, least: int = 0) -> dict[str, Any]:
     """So many clients for so long, and for so many requests at least; what they have begun then counts, too."""
     answers: list[Answer] = []
+    under_way = 0
+    done = asyncio.Event()
     began = time.perf_counter()
 
-    async def client() -> None:
-        while (now := time.perf_counter()) < began + seconds or clients.begun < least:
-            answers.append(await clients.ask(now))
+    def go_on() -> None:
+        nonlocal under_way
+        now = time.perf_counter()
+        if now < began + seconds or clients.begun < least:
+            under_way += 1
+            clients.ask(now, take)
+        elif not under_way:
+            done.set()
 
-    await asyncio.gather(*(client() for _ in range(concurrency)))
+    def take(answer: Answer) -> None:
+        nonlocal under_way
+        under_way -= 1
+        answers.append(answer)
+        go_on()
+
+    for _ in range(concurrency):
+        go_on()
+    await done.wait()
     return {"seconds": time.perf_counter() - began, "answers": _columns(answers)}
 
 
@@ -189,7 +260,7 @@ async def settle(clients: Clients, below: float) -> float:
     quick = 0
     while quick < _SETTLED and time.perf_counter() < began + _SETTLING_SECONDS:
         now = time.perf_counter()
-        answer = await clients.ask(now)
+        answer = await clients.answer()
         fast = answer.status == _OK and answer.seconds <= below
         first = first if quick else now
         quick = quick + 1 if fast else 0
@@ -205,16 +276,24 @@ async def open_loop(
     - recovered_below: if given, when the last has arrived the server is asked until it answers so quickly again
     """
     late: list[float] = []
+    answers: list[Answer] = []
+    done = asyncio.Event()
+
+    def take(answer: Answer) -> None:
+        answers.append(answer)
+        if len(answers) == len(arrivals):
+            done.set()
+
     began = time.perf_counter()
-    tasks: list[asyncio.Task[Answer]] = []
     for arrival in arrivals:
         delay = began + arrival - time.perf_counter()
         if delay > 0:
             await asyncio.sleep(delay)
         late.append(time.perf_counter() - began - arrival)
-        tasks.append(asyncio.create_task(clients.ask(began + arrival, patience)))
+        clients.ask(began + arrival, take, patience)
     recovery = await settle(clients, recovered_below) if recovered_below is not None else None
-    answers = await asyncio.gather(*tasks)
+    if arrivals:
+        await done.wait()
     return {"seconds": seconds, "answers": _columns(answers), "late": late, "recovery": recovery}
 
 
@@ -263,8 +342,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, help="a folder; its files are sent in turn")
     pictures = [file.read_bytes() for file in sorted(parser.parse_args().pictures.iterdir())]
-    with suppress(PermissionError):  # whoever may do it: so that a wait for the server's cores is not the server's
-        os.nice(_FIRST)
     serve_jobs(lambda **job: uvloop.run(_do(pictures, **job)))
 
 

@@ -63,6 +63,7 @@ _WARM_UP = 0.1  # of the time that is measured
 _CALM = 3  # times the median of a lone request: a server that answers so quickly is not busy any more
 _PATIENCE = 10.0  # seconds, in open loops
 _SUSTAINED = 0.8  # of the capacity
+_CAPACITY_ROUNDS = 5  # whose median it is: single ones differed by a quarter within minutes
 _SAMPLE_SECONDS = 0.2
 
 _P = TypeVar("_P", bound=Processes)
@@ -181,10 +182,11 @@ class Benchmark:
         The capacity is measured just before each: machines drift, and what is above it makes every queue grow.
         """
         server, seconds, cores = self._ours[ONE], self._extent.sustained_seconds, host.cores()
+        path, most = self._path(CENTER), max(self._extent.clients)
         found = []
         for name in (EVEN, RANDOM):
-            most = max(self._extent.clients)
-            capacity = self._closed_http(server, self._path(CENTER), most, self._extent.seconds).rate
+            rounds = [self._closed_http(server, path, most, self._extent.seconds) for _ in range(_CAPACITY_ROUNDS)]
+            capacity = median(rounds).rate
             rate = _SUSTAINED * capacity
             parts = {name: self._open_http(server, rate, seconds, even=name == EVEN)}
             if name == RANDOM:

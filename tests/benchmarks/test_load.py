@@ -33,9 +33,11 @@ def server(answer: Callable[[BaseHTTPRequestHandler, int], None]) -> Iterator[in
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
-        yield running.server_port
-        running.shutdown()
-        thread.join()
+        try:
+            yield running.server_port
+        finally:
+            running.shutdown()
+            thread.join()
 
 
 def reply(handler: BaseHTTPRequestHandler, status: int = 200, body: bytes = b"{}", **headers: str) -> None:
@@ -119,7 +121,7 @@ def test_answers_have_their_status_and_say_whether_to_come_again() -> None:
         reply(handler, 503, Retry_After="1") if number % 2 else reply(handler)
 
     async def two(clients: Clients) -> list[tuple[int, bool]]:
-        answers = [await clients.ask(0.0), await clients.ask(0.0)]
+        answers = [await clients.answer(), await clients.answer()]
         return [(answer.status, answer.retry_after) for answer in answers]
 
     with server(every_second) as port:
