@@ -18,8 +18,8 @@ from resnet_ensemble.server import costs, ensemble, images, stopping, temperatur
 from resnet_ensemble.server.admission import Overloaded
 from resnet_ensemble.server.calibration import NotCalibrated
 from resnet_ensemble.server.costs import Cost
-from resnet_ensemble.server.dispatch import Blocks, Job, Tally
 from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.jobs import Blocks, Job, Tally
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.scheduler import EngineFailure, EngineHung, Scheduler
 from resnet_ensemble.server.schemas import Options, Prediction

@@ -17,13 +17,13 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ensemble.server.admission import Backlog, Mean, Overloaded, Progress, ranks
+from resnet_ensemble.server.jobs import Batch, Blocks, Decoding, Job, Key, Part
 from resnet_ensemble.server.plan import Plan, Stage
 from resnet_ensemble.server.stopping import StopRule
 
@@ -37,87 +37,6 @@ _WINDOW = 0.5
 # 2026-11-26).
 _CAUTION = 2.0
 _NOTHING = np.zeros((0, 0, 0, 3), np.uint8)
-
-Blocks = Sequence[Sequence[NDArray[np.uint8]]]  # of each member, views (n, h, w, 3) a block
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What the engines gave for one image.
-
-    - sums: float64 (members, classes), softmax vectors summed over views
-    - views: int64 (members,), how many were summed
-    - queue_seconds: before it was decoded, and from then to the first batch; inference_seconds: from then to the
-      last result
-    """
-
-    sums: NDArray[np.float64]
-    views: NDArray[np.int64]
-    queue_seconds: float
-    inference_seconds: float
-
-
-@dataclass(eq=False)
-class Job:
-    """One admitted image on its way through the engines. Nothing here touches its `future`, which others wait for."""
-
-    rank: float
-    order: int  # of admission
-    request: int
-    plan: Plan
-    rule: StopRule
-    expected: float  # seconds of work still to come, by what images of this kind took
-    decoding: float  # of these, until it is decoded
-    future: "Future[Tally]" = field(default_factory=Future)
-    active: bool = True  # until it is answered, failed or released
-    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
-    views: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    decode: "Callable[[], Blocks] | None" = None  # what gives its blocks, until someone has taken that on
-    blocks: Blocks = ()
-    held: int = 0  # bytes of the blocks
-    asked: int = 0  # places of the plan that the stop rule has asked for
-    done: int = 0  # of these, how many have a result
-    spent: float = 0.0  # seconds of work, as planned
-    since: float = 0.0  # when it began to wait: to be decoded, and then for its first batch
-    queued: float = 0.0  # seconds that it has waited for these
-    started: float | None = None
-    waiting: "set[Part]" = field(default_factory=set)
-
-
-@dataclass(eq=False)
-class Part:
-    """Views (n, h, w, 3) of one image for one member that are run together. `lost`: an engine died with them."""
-
-    job: Job
-    stage: Stage
-    views: NDArray[np.uint8]
-    queue: "_Key"
-    lost: bool = False
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one engine run takes."""
-
-    member: int
-    parts: list[Part]
-    seconds: float  # as planned
-
-    @property
-    def views(self) -> int:
-        """In all parts."""
-        return sum(len(part.views) for part in self.parts)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """An image to decode: `work` gives its blocks, or raises what is wrong with it."""
-
-    job: Job
-    work: Callable[[], Blocks]
-
-
-_Key = tuple[int, tuple[int, ...], int]  # member, shape of a view, 0 or a number for what must run alone
 
 
 @dataclass
@@ -156,7 +75,7 @@ class Dispatcher:
         self._undecoded: list[tuple[float, int, Job]] = []  # a heap; those that have left stay in it until the top
         self._to_decode = 0
         self._held = 0
-        self._queues: dict[_Key, _Queue] = {}
+        self._queues: dict[Key, _Queue] = {}
         self._paused: set[int] = set()
         self._backlog = Backlog()
         self._requests: Counter[int] = Counter()  # images in progress of each
@@ -336,7 +255,7 @@ class Dispatcher:
             heapq.heappop(self._undecoded)
         return self._undecoded[0][-1]
 
-    def _decodes_before(self, key: _Key) -> bool:
+    def _decodes_before(self, key: Key) -> bool:
         """Whether who can do both decodes an image before a batch of this queue is run.
 
         Waiting for batches to fill makes runs cheaper, and images that are ready wait; so it is done as far as it costs
@@ -354,7 +273,7 @@ class Dispatcher:
         job.queued = now - job.since
         return Decoding(job, work)
 
-    def _full(self, key: _Key) -> int:
+    def _full(self, key: Key) -> int:
         """Views in a full batch."""
         member, (height, width, _), _ = key
         return max(1, self._batch_pixels[member] // (height * width))
@@ -379,13 +298,13 @@ class Dispatcher:
         queue.views += len(views)
         job.waiting.add(part)
 
-    def _shrink(self, key: _Key, views: int) -> None:
+    def _shrink(self, key: Key, views: int) -> None:
         queue = self._queues[key]
         queue.views -= views
         if not queue.views:
             del self._queues[key]
 
-    def _take(self, key: _Key, now: float) -> Batch:
+    def _take(self, key: Key, now: float) -> Batch:
         queue = self._queues[key]
         # Views are shared out over the streams where all but one would be idle otherwise.
         room = self._full(key)

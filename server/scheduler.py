@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from resnet_ensemble.export import host
 from resnet_ensemble.export.engines import Engine
-from resnet_ensemble.server.dispatch import Batch, Blocks, Decoding, Dispatcher, Job, Tally
+from resnet_ensemble.server.dispatch import Dispatcher
 from resnet_ensemble.server.hangs import Run, Runs
+from resnet_ensemble.server.jobs import Batch, Blocks, Decoding, Job, Tally
 from resnet_ensemble.server.lone import Lone
 from resnet_ensemble.server.plan import Plan
 from resnet_ensemble.server.revival import Revival

@@ -17,9 +17,7 @@ before each evaluation. Weights are float32; bf16 and fp16 are autocast only.
 """
 
 import argparse
-import csv
 import importlib.util
-import io
 import math
 import os
 import runpy
@@ -29,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -41,14 +39,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from resnet_ensemble.training import augment, checkpoint, cifar, plot, processes, schedules
+from resnet_ensemble.training import augment, checkpoint, cifar, processes, record, schedules
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch, Origin, Progress
 from resnet_ensemble.training.cifar import DataError
 from resnet_ensemble.training.data import Batch, Data, open_data
-from resnet_ensemble.training.files import write_atomically
 from resnet_ensemble.training.listing import listing
 from resnet_ensemble.training.processes import Group
 from resnet_ensemble.training.recipes import RECIPES, Recipe, RecipeError, changed, new_network
@@ -288,42 +284,11 @@ def reestimate(network: nn.Module, data: Data, recipe: Recipe, mean: Tensor, gro
     group.average_statistics(network)
 
 
-def write_log(path: Path, history: tuple[Epoch, ...]) -> None:
-    """The history as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(asdict(history[0])), lineterminator="\n")
-    writer.writeheader()
-    for epoch in history:
-        writer.writerow({name: "" if value is None else f"{value:.6g}" for name, value in asdict(epoch).items()})
-    write_atomically(path, text.getvalue().encode())
-
-
 def _save(folder: Path, saved: Checkpoint, group: Group) -> None:
     """The first process writes, and no other goes on before: it may end, or be asked to resume."""
     if group.first:
-        _write(folder, saved)
+        record.write(folder, saved)
     group.wait()
-
-
-def _write(folder: Path, saved: Checkpoint) -> None:
-    """The last checkpoint; after an epoch the log too, and the best checkpoint if it is it."""
-    if saved.history and not saved.progress.steps:
-        last = saved.history[-1]
-        write_log(folder / "log.csv", saved.history)
-        # One event file an epoch: what was written before a kill, and is trained again, is replaced.
-        with SummaryWriter(str(folder / "tensorboard"), purge_step=last.epoch) as board:
-            for name in ("learning_rate", "train_loss", "train_error", "val_error", "val_top5_error"):
-                board.add_scalar(name, getattr(last, name), last.epoch)
-        if last.val_error <= min(epoch.val_error for epoch in saved.history):
-            checkpoint.save(folder / "best.safetensors", replace(saved, momentum={}, trained={}))
-        if saved.finished:
-            drawn = plot.draw([{saved.recipe.name: plot.read(folder / "log.csv")}])
-            write_atomically(folder / "errors.png", drawn)
-        print(
-            f"{saved.recipe.name} epoch {last.epoch}: train {last.train_error:.2f} %, val {last.val_error:.2f} %",
-            flush=True,
-        )
-    checkpoint.save(folder / "checkpoint.safetensors", saved)
 
 
 def _resume(

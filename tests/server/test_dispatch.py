@@ -7,7 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from resnet_ensemble.server.admission import Overloaded
-from resnet_ensemble.server.dispatch import Batch, Decoding, Dispatcher, Job
+from resnet_ensemble.server.dispatch import Dispatcher
+from resnet_ensemble.server.jobs import Batch, Decoding, Job
 from resnet_ensemble.server.plan import cheapest_first
 from resnet_ensemble.server.stopping import RULES
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from resnet_ensemble.server.admission import Overloaded
-from resnet_ensemble.server.dispatch import Batch, Blocks, Decoding, Dispatcher, Job
+from resnet_ensemble.server.dispatch import Dispatcher
+from resnet_ensemble.server.jobs import Batch, Blocks, Decoding, Job
 from resnet_ensemble.server.plan import Plan, cheapest_first
 from resnet_ensemble.server.stopping import decided, equal_weights
 from tests.server.test_dispatch import BAD, CLASSES, DEADLY, EXACT, FULL, SOUND, answers, views

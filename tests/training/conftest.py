@@ -1,9 +1,12 @@
-"""One thread for networks this small."""
+"""One thread for networks this small, and data sets for them."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from resnet_ensemble.training import cifar
+from tests.training.small import cifar_of_two
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +20,9 @@ def default_threads() -> Iterator[int]:
     torch.set_num_threads(1)
     yield threads
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads CIFAR-10 gets `cifar_of_two`."""
+    monkeypatch.setattr(cifar, "read", cifar_of_two)
