@@ -23,6 +23,7 @@ How much exact stopping saves depends on how sure the networks are: give --image
 
 import argparse
 import json
+import signal
 import os
 import platform
 import subprocess
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few seconds, without LitServe, into build/benchmark")
     parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that no server outlives it
     extent = QUICK if arguments.quick else Extent(arguments.rounds, arguments.seconds, limit=arguments.limit)
     if arguments.peers_only_center:
         extent = replace(extent, peers_of_ensemble=())
