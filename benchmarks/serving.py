@@ -23,9 +23,9 @@ How much exact stopping saves depends on how sure the networks are: give --image
 
 import argparse
 import json
-import signal
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
