@@ -68,11 +68,16 @@ def png() -> Callable[..., bytes]:
     return encode
 
 
-def wait_until_ready(client: TestClient) -> None:
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for it, for 20 s at most."""
     deadline = time.monotonic() + 20
-    while client.get("/readyz").status_code != 200:
-        assert time.monotonic() < deadline, client.get("/readyz").text
-        time.sleep(0.01)
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def wait_until_ready(client: TestClient) -> None:
+    until(lambda: client.get("/readyz").status_code == 200)
 
 
 @pytest.fixture

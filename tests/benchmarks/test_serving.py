@@ -15,6 +15,7 @@ from benchmarks.measure import turns
 from benchmarks.summary import OURS, PIPELINE, Cell
 from resnet_ensemble.export import engine_store
 from resnet_ensemble.export.bundle import Bundle
+from tests.conftest import until
 
 
 def test_pictures_are_the_same_again_and_differ_from_each_other() -> None:
@@ -105,3 +106,17 @@ def test_the_quick_mode_measures_everything_once(root: Path, tmp_path: Path) -> 
     assert content["ceiling"].keys() == {"1", "8"}
     assert (tmp_path / "serving-cifar10.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "serving-cifar10.md").read_text() == done.stdout.removesuffix("\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
+def test_sigterm_ends_the_servers_too(root: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.serving", "--quick"]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as benchmark:
+        children = Path(f"/proc/{benchmark.pid}/task/{benchmark.pid}/children")
+        until(lambda: len(children.read_text().split()) >= 2)
+        started = children.read_text().split()
+        benchmark.terminate()
+        _, printed = benchmark.communicate(timeout=60)
+
+    assert printed.splitlines()[-1] == "ended by SIGTERM"
+    assert not [pid for pid in started if Path("/proc", pid).exists()]

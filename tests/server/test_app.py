@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +16,7 @@ from resnet_ensemble.server.app import NOT_OF_PREDICT, create_app
 from resnet_ensemble.server.errors import KINDS
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import Settings
-from tests.conftest import wait_until_ready
+from tests.conftest import until, wait_until_ready
 from tests.server.test_refusals import Gate, assert_problem
 
 Png = Callable[..., bytes]
@@ -43,9 +42,7 @@ def test_alive_but_not_ready_until_the_engines_are_checked(png: Png, monkeypatch
             assert_problem(response, "not_ready")
             assert response.headers["retry-after"] == "1"
         checked.set()
-        deadline = time.monotonic() + 10
-        while client.get("/readyz").status_code != 200:
-            assert time.monotonic() < deadline
+        wait_until_ready(client)
         assert client.head("/readyz").status_code == 200
         assert client.post("/predict", content=png()).status_code == 200
 
@@ -54,10 +51,7 @@ def test_a_bundle_that_fails_its_check_is_never_ready(tmp_path: Any) -> None:
     said: list[str] = []
     service = Service(Settings(bundle=tmp_path), on_fatal=said.append)
     with TestClient(create_app(service)) as client:
-        deadline = time.monotonic() + 10
-        while not said:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: said)
         assert "no bundle.json" in assert_problem(client.get("/readyz"), "not_ready")["detail"]
 
 
@@ -71,10 +65,7 @@ def test_whatever_stops_the_loading_stops_the_server(error: Exception, message: 
 
     said: list[str] = []
     with TestClient(create_app(Service(Settings(), open_with=fail, on_fatal=said.append))) as client:
-        deadline = time.monotonic() + 10
-        while not said:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: said)
         assert message in assert_problem(client.get("/readyz"), "not_ready")["detail"]
 
 
@@ -147,12 +138,6 @@ def test_a_dead_engine_is_opened_anew_and_readiness_tells(png: Png) -> None:
         assert go.wait(10)
         engines.append(FakeEngine(10))
         return engines[-1]
-
-    def until(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 10
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
 
     with TestClient(create_app(Service(Settings(), open_with=open_with))) as client, ThreadPoolExecutor() as pool:
         until(lambda: client.get("/readyz").status_code == 200)

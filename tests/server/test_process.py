@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from resnet_ensemble.export.bundle import Bundle
+from tests.conftest import until
 
 
 def free_port() -> int:
@@ -55,9 +56,7 @@ def metric(url: str, name: str) -> float:
 
 
 def wait_for(url: str, name: str, value: float) -> None:
-    deadline = time.monotonic() + 30
-    while metric(url, name) != value:
-        assert time.monotonic() < deadline
+    until(lambda: metric(url, name) == value)
 
 
 # Enough work that it is still in progress when the test looks, on machines much faster than this one.

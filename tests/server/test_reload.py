@@ -21,7 +21,7 @@ from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.app import create_app
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import Settings
-from tests.conftest import wait_until_ready
+from tests.conftest import until, wait_until_ready
 from tests.server.test_process import metric, process, wait_for
 from tests.server.test_process import wait_until_ready as wait_for_process
 from tests.server.test_refusals import Gate, assert_problem
@@ -139,9 +139,7 @@ def test_what_was_accepted_is_answered_by_the_old_bundle(bundles: Path, png: Png
 
         assert [entry["problem"] for entry in old.result().json()["results"]] == [None] * 60
         assert old.result().headers["x-bundle"].startswith("cifar10-served-")
-        deadline = time.monotonic() + 10
-        while closed != ["served", "served"]:
-            assert time.monotonic() < deadline
+        until(lambda: closed == ["served", "served"])
 
 
 def test_one_bundle_is_loaded_at_a_time(bundles: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +22,7 @@ from resnet_ensemble.server.jobs import Job
 from resnet_ensemble.server.plan import Plan, cheapest_first
 from resnet_ensemble.server.scheduler import EngineFailure, Observer, Scheduler
 from resnet_ensemble.server.stopping import RULES, StopRule
+from tests.conftest import until
 
 CLASSES = 10
 FULL, EXACT = RULES["full"], RULES["exact"]
@@ -105,13 +106,6 @@ def busy(running: Scheduler, gate: Gate) -> Job:
     job = submit(running, 0, n=1)
     assert gate.entered.wait(10)
     return job
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_a_job_is_answered_with_the_sums_of_its_views() -> None:

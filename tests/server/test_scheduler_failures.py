@@ -16,7 +16,8 @@ from resnet_ensemble.export.engines import Engine
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.plan import Plan, Stage
 from resnet_ensemble.server.scheduler import EngineFailure, EngineHung
-from tests.server.test_scheduler import CLASSES, FULL, Gate, Seen, busy, plan, scheduler, submit, until, views
+from tests.conftest import until
+from tests.server.test_scheduler import CLASSES, FULL, Gate, Seen, busy, plan, scheduler, submit, views
 
 
 def test_no_job_is_lost_when_an_engine_dies_under_load() -> None:
