@@ -36,7 +36,7 @@ from pathlib import Path
 
 from benchmarks import acceptance, report
 from benchmarks.contestants import CENTER, EVERY, EXACT, FULL, SINGLE
-from benchmarks.jobs import ROOT, machine_busy_seconds
+from benchmarks.jobs import ROOT, kill_children, machine_busy_seconds
 from benchmarks.measure import QUICK, Benchmark, Extent
 from benchmarks.report import Results
 from resnet_ensemble.export import host
@@ -117,6 +117,12 @@ def _versions(python: str) -> str:
     return ", ".join(f"{name} {version}" for name, version in json.loads(printed).items())
 
 
+def _end(*_: object) -> None:
+    """SIGTERM: no server outlives the benchmark, not even one that is just being started."""
+    kill_children()
+    sys.exit("ended by SIGTERM")
+
+
 def main() -> None:
     """Parse the command line, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,7 +142,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few seconds, without LitServe, into build/benchmark")
     parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # so that no server outlives it
+    signal.signal(signal.SIGTERM, _end)
     extent = QUICK if arguments.quick else Extent(arguments.rounds, arguments.seconds, limit=arguments.limit)
     if arguments.peers_only_center:
         extent = replace(extent, peers_of_ensemble=())
