@@ -30,18 +30,18 @@ class Processes:
         self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, *, pipes: bool = False
     ) -> None:
         self.log = log
-        pipe = subprocess.PIPE if pipes else None
-        with log.open("w") as file:
-            self.main = subprocess.Popen(  # noqa: S603  # the commands are in this folder
-                command,
-                cwd=ROOT,
-                env={**os.environ, **(environment or {})},
-                stdin=pipe,
-                stdout=pipe or file,
-                stderr=file,
-                text=True,
-                start_new_session=True,
-            )
+        self._command = command
+        self._environment = {**os.environ, **(environment or {})}
+        self._pipe = subprocess.PIPE if pipes else None
+        self._before = 0.0  # CPU seconds of those that were ended
+        self.main = self._begin()
+
+    def restart(self) -> None:
+        """End them, and start the same command again."""
+        spent = self.cpu_seconds()
+        self._end()
+        self._before = spent
+        self.main = self._begin()
 
     def pause(self) -> None:
         """Stop everything until `go_on`."""
@@ -52,9 +52,9 @@ class Processes:
         os.killpg(self.main.pid, signal.SIGCONT)
 
     def cpu_seconds(self) -> float:
-        """CPU time of those that run now."""
+        """CPU time of those that run now, and of those before a restart."""
         ticks = sum(int(fields[_USER]) + int(fields[_SYSTEM]) for _, fields in self._all())
-        return ticks / os.sysconf("SC_CLK_TCK")
+        return self._before + ticks / os.sysconf("SC_CLK_TCK")
 
     def resident_bytes(self) -> int:
         """RSS, summed: what two of them share counts twice."""
@@ -75,6 +75,22 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _begin(self) -> "subprocess.Popen[str]":
+        with self.log.open("w") as file:
+            return subprocess.Popen(  # noqa: S603  # the commands are in this folder
+                self._command,
+                cwd=ROOT,
+                env=self._environment,
+                stdin=self._pipe,
+                stdout=self._pipe or file,
+                stderr=file,
+                text=True,
+                start_new_session=True,
+            )
+
+    def _end(self) -> None:
         if self.main.poll() is None:
             self.go_on()
             self.main.terminate()

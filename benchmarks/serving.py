@@ -68,9 +68,9 @@ def measure(bundle: Path, images: Path | None, peers: str, extent: Extent) -> Re
             "software": f"Python {platform.python_version()}; {_versions(sys.executable)}",
             "other servers": _versions(peers),
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
-            "n": f"{extent.rounds} interleaved rounds of {extent.seconds:g} s a cell, of single views "
-            f"{extent.rounds * extent.parts} of {extent.seconds / extent.parts:g} s and every picture at least once; "
-            f"open loops {extent.open_rounds} times {extent.open_seconds:g} s a point",
+            "n": f"{extent.rounds} interleaved rounds of {extent.seconds:g} s a cell, each with new processes, of "
+            f"single views {extent.rounds * extent.parts} of {extent.seconds / extent.parts:g} s and every picture at "
+            f"least once; open loops {extent.open_rounds} times {extent.open_seconds:g} s a point",
             "other processes": f"{100 * others / seconds / (os.cpu_count() or 1):.1f} % of the CPUs",
         }
         ensembles = [workload.name for workload in benchmark.workloads if workload.name not in SINGLE]

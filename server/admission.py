@@ -98,9 +98,9 @@ class Progress:
         self._last = now
 
     def done(self, now: float, seconds: float, left: float) -> None:
-        """So much expected work was done, and so much is left."""
+        """So much expected work was done, and so much is left. Of what nothing was expected, nothing is learnt."""
         elapsed, self._last = now - self._last, now
-        if left < _LITTLE * self._longest_wait * self.rate:
+        if not seconds or left < _LITTLE * self._longest_wait * self.rate:
             return
         kept = math.exp(-elapsed / self._longest_wait)
         self._work, self._time = kept * self._work + seconds, kept * self._time + elapsed

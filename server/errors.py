@@ -65,6 +65,14 @@ class ApiError(Exception):
         self.retry_after = retry_after
         self.reason = reason
 
+    def as_value(self) -> "ApiError":
+        """Itself, to be passed on and not raised: without the frames that it came through.
+
+        They know it in turn, and what they worked on, and all of that would stay until a garbage collection.
+        """
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
+
 
 class Problem(BaseModel):
     """A problem document as in RFC 9457, with a machine-readable `code`."""

@@ -61,7 +61,7 @@ async def _predict(exchange: Exchange, service: Service) -> Answer:
     if len(answers) > 1:
         return _json(_results(exchange, answers, upload, service), {"X-Bundle": classifier.identity})
     if isinstance(answers[0], ApiError):
-        raise answers[0]
+        return refusal(answers[0], exchange.request_id, service.metrics)
     return _json(answers[0], _told_in_headers(answers[0], classifier))
 
 

@@ -68,6 +68,25 @@ def test_a_thread_keeps_to_one_core_without_a_quota(
     assert os.sched_getaffinity(0) == ours
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
+def test_a_thread_is_on_one_cpu_for_a_while() -> None:
+    ours = os.sched_getaffinity(0)
+
+    with host.on_cpu(max(ours)):
+        assert os.sched_getaffinity(0) == {max(ours)}
+
+    assert os.sched_getaffinity(0) == ours
+
+
+def test_under_a_quota_no_cpu_is_ours_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_cpus", lambda: [4, 6, 7])
+    monkeypatch.setattr(host, "_quota", lambda _: None)
+    assert host.keepable() == [4, 6, 7]
+
+    monkeypatch.setattr(host, "_quota", lambda _: 2)
+    assert host.keepable() == []
+
+
 def test_the_cpu_is_described_in_one_line() -> None:
     assert host.cpu()
     assert "\n" not in host.cpu()

@@ -96,6 +96,15 @@ def test_progress_is_not_measured_while_there_is_little_to_do_or_nothing() -> No
     assert progress.rate == pytest.approx(1, rel=0.1)  # the pause does not count
 
 
+def test_progress_never_comes_to_nothing() -> None:
+    progress = Progress(2.0, longest_wait=0.001)
+    progress.begin(0.0)
+
+    progress.done(1.0, seconds=0.0, left=50.0)  # the first image of its kind: nobody knew what decoding it would take
+
+    assert progress.rate == 2.0
+
+
 def test_progress_that_was_slow_is_found_fast_again() -> None:
     progress = Progress(2.0, longest_wait=10.0)
     progress.begin(0.0)

@@ -1,6 +1,7 @@
 """What the HTTP tests can't see: cancellation at every moment leaves nothing behind."""
 
 import asyncio
+import gc
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,11 @@ from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.classifier import Classifier, load
 from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.jobs import Job
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.schemas import Options, Prediction
 from resnet_ensemble.server.settings import Settings
+from tests.conftest import until
 
 
 @pytest.fixture
@@ -58,6 +61,28 @@ def test_what_is_an_error_already_keeps_its_place(classifier: Classifier, png: C
     assert isinstance(first, Prediction)
     assert isinstance(third, Prediction)
     assert (first.index, second, third.index) == (0, refused, 9)
+
+
+@pytest.mark.parametrize("sound", [True, False], ids=["an image", "an image that can't be decoded"])
+def test_an_answer_leaves_nothing_to_the_garbage_collector(
+    classifier: Classifier, png: Callable[..., bytes], sound: bool
+) -> None:
+    content, expected = png(0) if sound else b"no image", Prediction if sound else ApiError
+
+    def jobs() -> list[Job]:
+        return [job for job in gc.get_objects() if isinstance(job, Job)]
+
+    async def ask() -> None:
+        (answer,) = await classifier.classify([content], Options())
+        assert isinstance(answer, expected)
+
+    gc.disable()  # it would find what is left in a cycle
+    try:
+        before = jobs()  # of other tests
+        asyncio.run(ask())
+        until(lambda: len(jobs()) <= len(before))  # the worker that answered has put it away, too
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 10, 50, 500])

@@ -13,10 +13,10 @@ def serve(lone: Lone, views: int, on_all: float, on_one: float) -> Counter[bool]
     return turns
 
 
-def test_both_have_five_turns_and_then_the_sooner_one_has_all_but_one_of_200() -> None:
+def test_both_have_five_turns_and_then_the_sooner_one_has_all_but_one_of_1000() -> None:
     assert serve(Lone(FakeEngine(10)), 10, 0.1, 0.2) == {True: 5, False: 5}
-    assert serve(Lone(FakeEngine(10)), 2010, 0.1, 0.2) == {True: 1995, False: 15}
-    assert serve(Lone(FakeEngine(10)), 2010, 0.2, 0.1) == {True: 15, False: 1995}
+    assert serve(Lone(FakeEngine(10)), 10_010, 0.1, 0.2) == {True: 9995, False: 15}
+    assert serve(Lone(FakeEngine(10)), 10_010, 0.2, 0.1) == {True: 15, False: 9995}
 
 
 def test_an_engine_that_was_interrupted_now_and_then_is_not_given_up() -> None:
@@ -32,7 +32,7 @@ def test_a_host_that_has_changed_is_noticed() -> None:
     lone = Lone(FakeEngine(10))
     serve(lone, 100, 0.3, 0.2)
 
-    serve(lone, 1000, 0.1, 0.2)
+    serve(lone, 5000, 0.1, 0.2)
 
     assert serve(lone, 100, 0.1, 0.2)[True] >= 99
 

@@ -1,19 +1,26 @@
 """What every CPU engine must do, in every precision that this host has."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from resnet_ensemble.export import engines, quantize
+from resnet_ensemble.export import engines, host, quantize
 from resnet_ensemble.export.bundle import Bundle
-from resnet_ensemble.export.engines import BackendUnavailable, Precision
+from resnet_ensemble.export.engines import BackendUnavailable, Precision, onnx_runtime
 
 VARIANTS = engines.available("cpu")
 
 
 def views(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), np.uint8)
+
+
+def threads_of_ours() -> set[int]:
+    return {int(folder.name) for folder in Path("/proc/self/task").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,24 @@ def test_it_runs_from_several_threads_at_once(engine: engines.Engine) -> None:
 
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.skipif(len(host.keepable()) < 2, reason="this host has no two CPUs that threads may be kept to")
+def test_the_threads_of_one_run_of_onnx_runtime_are_on_cpus_of_their_own(shipped: Bundle) -> None:
+    first, second, *_ = host.keepable()
+    member = shipped.manifest.members[0]
+    compiled = onnx_runtime.compile(shipped.read(member), "fp32", member.preprocessing)
+    one, ours, before = onnx_runtime.load(compiled, "fp32"), os.sched_getaffinity(0), threads_of_ours()
+
+    two = onnx_runtime.load(compiled, "fp32", threads=2)
+    started = threads_of_ours() - before
+
+    assert [os.sched_getaffinity(thread) for thread in started] == [{second}]
+    np.testing.assert_array_equal(two.run(views(3)), one.run(views(3)))
+    with patch.object(two, "_session") as session:
+        session.run.side_effect = lambda *_: [os.sched_getaffinity(0)]
+        assert two.run(views(1)) == {first}
+    assert os.sched_getaffinity(0) == ours
 
 
 def test_it_says_what_it_is(engine: engines.Engine) -> None:
