@@ -28,9 +28,9 @@ class OnnxRuntimeEngine:
     """A session on the CPU. Raises EngineLoadError.
 
     A run with several threads keeps each to a CPU of its own, the caller's to the first: Linux may wake the second
-    where the first waits for it, spinning, and look again after 4 ms. Lone views, with two threads for both: ResNet-20
-    0.99 ms (95th percentile 1.5) instead of 1.41 (5.8), ResNet-18 20.4 (34) instead of 43.7 (71); one core 1.33 and
-    37.1 (two Zen 4 cores, Linux 6.18, 2026-11-27).
+    where the first waits for it, spinning, and look again after 4 ms. Lone views of a ResNet-20 took 0.70 ms on two
+    cores (99th percentile 1.2), instead of 1.00 (1.4), which is no sooner than on one (two Zen 4 cores, Linux 6.18,
+    2026-11-27, n = 300).
     """
 
     def __init__(self, graph: bytes, precision: Precision, threads: int) -> None:
