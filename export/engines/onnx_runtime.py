@@ -28,9 +28,10 @@ class OnnxRuntimeEngine:
     """A session on the CPU. Raises EngineLoadError.
 
     A run with several threads keeps each to a CPU of its own, the caller's to the first: Linux may wake the second
-    where the first waits for it, spinning, and look again after 4 ms. Lone views of a ResNet-20 took 0.70 ms on two
-    cores (99th percentile 1.2), instead of 1.00 (1.4), which is no sooner than on one (two Zen 4 cores, Linux 6.18,
-    2026-11-27, n = 300).
+    where the first waits for it, spinning, and look again after 4 ms. Lone views with two threads, in ms, median and
+    95th percentile, and in brackets without that: ResNet-20 0.92, 1.4 (1.16, 1.5), ResNet-32 1.42, 2.2 (1.86, 6.2),
+    ResNet-44 1.92, 2.8 (2.50, 10.4), ResNet-56 2.65, 4.0 (3.03, 7.6), one thread 1.15, 1.86, 2.55 and 3.35; a ResNet-18
+    and 50, 20.1 and 45.4, as before (two Zen 4 cores, Linux 6.18, n = 400 and 80, 2026-11-27).
     """
 
     def __init__(self, graph: bytes, precision: Precision, threads: int) -> None:
