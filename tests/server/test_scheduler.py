@@ -336,7 +336,7 @@ def test_views_that_nothing_runs_beside_go_to_the_engine_for_all_cores_if_that_i
         for _ in range(20):
             assert submit(running, 255, n=1).future.result(10).sums.argmax() == CLASSES - 1
 
-    assert (len(one.batches), len(all_cores.batches)) == (5, 15)
+    assert (len(one.batches), len(all_cores.batches)) == (6, 14)  # one is tried again after eight
 
 
 def test_they_stay_on_one_core_if_that_is_sooner() -> None:
@@ -345,7 +345,7 @@ def test_they_stay_on_one_core_if_that_is_sooner() -> None:
         for _ in range(20):
             assert submit(running, 255, n=1).future.result(10).sums.argmax() == CLASSES - 1
 
-    assert (len(one.batches), len(all_cores.batches)) == (15, 5)
+    assert (len(one.batches), len(all_cores.batches)) == (14, 6)
 
 
 def test_what_runs_beside_another_stays_on_one_core() -> None:
