@@ -316,8 +316,8 @@ async def _end_of(job: Job, deadline: float) -> Tally:
             ended.set_exception(TimeoutError())
 
     # A future keeps its callbacks. One that knew the job, or the future itself, would leave 23 objects an image to the
-    # garbage collector, which holds the interpreter lock: it had 1.1 % of the time at 80 % of the capacity, at most 150
-    # ms at once (CIFAR-10 center, one member; two Zen 4 cores, 2026-11-27).
+    # garbage collector, which holds the interpreter lock: while a queue grew at 86 % of the capacity, for 20 to 107 of
+    # 500 ms (CIFAR-10 center, one member; two Zen 4 cores, 2026-11-27).
     job.future.add_done_callback(lambda future: loop.call_soon_threadsafe(tell, future))
     timer = loop.call_later(max(0.0, deadline - time.monotonic()), expire)
     try:
