@@ -45,7 +45,7 @@ def keepable() -> list[int]:
 
 @contextmanager
 def on_cpu(number: int) -> Iterator[None]:
-    """Let this thread run on one CPU only meanwhile."""
+    """Let this thread run on one CPU only meanwhile, where that is allowed."""
     before = os.sched_getaffinity(0)
     with suppress(OSError):
         os.sched_setaffinity(0, {number})

@@ -33,7 +33,7 @@ _SWITCH_INTERVAL = 0.02
 # Seconds that a connection stays open between requests. A server that closes it before its client does loses what is
 # just on its way: with 1, that happened to 1 of 34,000 requests at three times the capacity. Load balancers wait 60.
 _KEEP_ALIVE = 75
-# Objects made and not freed until a garbage collection looks for cycles, while every thread waits. No answer leaves any
+# Objects made and not freed until a garbage collection looks for cycles, while every thread waits. Answers leave none
 # (tests/server/test_classifier.py), but with Python's own 700, requests that just wait in line are looked at.
 _COLLECT_AFTER = 10_000
 _GRACE = 5  # seconds after the drain limit in which engines end their runs and are closed
