@@ -259,10 +259,12 @@ class Dispatcher:
         """Whether who can do both decodes an image before a batch of this queue is run.
 
         Waiting for batches to fill makes runs cheaper, and images that are ready wait; so it is done as far as it costs
-        little: where many images are in line, as there are under load, and not where a few are.
+        little: where many images are in line, as there are under load, and not where a few are. What waits for other
+        members does not fill this queue's batch: when it counted, four members at 32 clients had batches of 3.9 views
+        instead of 9.0, and 0.94 of the images/s (CIFAR-10, center; two Zen 4 cores, 2026-11-27).
         """
         ahead = self._queues[key].head()[0] - self._first_undecoded().rank
-        return ahead > 0 or (-ahead <= _WINDOW and self.waiting_views < min(self._full(key), self._to_decode))
+        return ahead > 0 or (-ahead <= _WINDOW and self._queues[key].views < min(self._full(key), self._to_decode))
 
     def _take_undecoded(self, now: float) -> Decoding:
         job = self._first_undecoded()

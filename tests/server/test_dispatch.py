@@ -190,16 +190,19 @@ def test_an_image_that_was_begun_is_finished_before_the_next_one_is_decoded() ->
     assert done[3] is second
 
 
-def test_batches_are_filled_where_many_images_are_in_line() -> None:
-    found = dispatcher(batch_pixels=[4])
-    plan = cheapest_first("center", [[1.0]], [1])
+@pytest.mark.parametrize("members", [1, 2])
+def test_batches_are_filled_where_many_images_are_in_line(members: int) -> None:
+    found = dispatcher(batch_pixels=members * [4])
+    plan = cheapest_first("center", members * [[1.0]], members * [1])
     jobs = [found.admit(0.0, 1e6, plan, FULL, 1)[0] for _ in range(9)]
     for job in jobs:
-        found.put_in_line(0.0, job, lambda: [[views(1, count=1)]])
+        found.put_in_line(0.0, job, lambda: members * [[views(1, count=1)]])
 
-    done = [work(found) for _ in range(12)]
+    done = [work(found) for _ in range(9 + 4 * members)]
 
-    assert [batch.views for batch in done if isinstance(batch, Batch)] == [4, 3, 1]
+    for member in range(members):
+        assert [what.views for what in done if isinstance(what, Batch) and what.member == member] == [4, 3, 1, 1]
+    assert done[:4] == jobs[:4]
     assert done[4] not in jobs
 
 
