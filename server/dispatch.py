@@ -309,8 +309,8 @@ class Dispatcher:
     def _take(self, key: Key, now: float) -> Batch:
         queue = self._queues[key]
         # Views are shared out over the streams where all but one would be idle otherwise. Those of other members keep
-        # them busy, too: when each member's were divided, a lone image's ten crops took 1.05 times as long (CIFAR-10,
-        # four members; two Zen 4 cores, 2026-11-27).
+        # them busy, too: when each member's were divided, a lone image's ten crops took 1.03 to 1.05 times as
+        # long (CIFAR-10, four members; two Zen 4 cores, 2026-11-27).
         room = self._full(key)
         if not self._to_decode:
             room = min(room, math.ceil(self.waiting_views / self._streams))
