@@ -185,11 +185,11 @@ class Dispatcher:
 
     def can(self, *, decode: bool, run: bool) -> bool:
         """Whether there is something for a thread that can do this."""
-        return (decode and self._may_decode) or (run and any(key[0] not in self._paused for key in self._queues))
+        return (decode and self._may_decode) or (run and bool(self._runnable))
 
     def next(self, now: float, *, decode: bool = True, run: bool = True) -> Batch | Decoding | None:
         """What a thread that can do this does next: run a batch or decode an image. None if there is nothing now."""
-        heads = [(queue.head()[:3], key) for key, queue in self._queues.items() if key[0] not in self._paused]
+        heads = [(queue.head()[:3], key) for key, queue in self._runnable.items()]
         key = min(heads)[1] if run and heads else None
         if decode and self._may_decode and (key is None or self._decodes_before(key)):
             return self._take_undecoded(now)
@@ -244,6 +244,10 @@ class Dispatcher:
         waiting = {part.job for key, queue in self._queues.items() if key[0] == member for *_, part in queue.heap}
         waiting |= {job for *_, job in self._undecoded if any(stage.member == member for stage in job.plan.stages)}
         return [job for job in waiting if self.release(job)]
+
+    @property
+    def _runnable(self) -> dict[Key, _Queue]:
+        return {key: queue for key, queue in self._queues.items() if key[0] not in self._paused}
 
     @property
     def _may_decode(self) -> bool:
@@ -309,11 +313,11 @@ class Dispatcher:
     def _take(self, key: Key, now: float) -> Batch:
         queue = self._queues[key]
         # Views are shared out over the streams where all but one would be idle otherwise. Those of other members keep
-        # them busy, too: when each member's were divided, a lone image's ten crops took 1.03 to 1.05 times as
-        # long (CIFAR-10, four members; two Zen 4 cores, 2026-11-27).
+        # them busy, too: when each member's were divided, a lone image's ten crops took 1.03 to 1.05 times as long
+        # (CIFAR-10, four members; two Zen 4 cores, 2026-11-27).
         room = self._full(key)
         if not self._to_decode:
-            room = min(room, math.ceil(self.waiting_views / self._streams))
+            room = min(room, math.ceil(sum(other.views for other in self._runnable.values()) / self._streams))
         parts: list[Part] = []
         latest = queue.head()[0] + _WINDOW
         while room and queue.views and queue.head()[0] <= latest:
