@@ -19,7 +19,6 @@ from benchmarks import contestants, pictures
 from benchmarks.contestants import (
     BUILT,
     CENTER,
-    EVERY,
     FULL,
     HOST,
     LITSERVE,
@@ -65,6 +64,7 @@ _PATIENCE = 10.0  # seconds, in open loops
 _SUSTAINED = 0.8  # of the capacity
 _CAPACITY_ROUNDS = 5  # whose median it is: single ones differed by a quarter within minutes
 _SAMPLE_SECONDS = 0.2
+_WITH_ENSEMBLES = (NAIVE, LITSERVE)  # peers that serve all members, too: one of each kind
 
 _P = TypeVar("_P", bound=Processes)
 
@@ -76,6 +76,7 @@ class Extent:
     - rounds, seconds: of closed loops, of each cell in each round
     - parts: into which a round of single views is divided, each with every cell: their claims are about a few percent,
       and machines drift within a minute
+    - of_peers: the workloads that other servers have, too
     """
 
     rounds: int
@@ -91,7 +92,7 @@ class Extent:
     limit: float = 1.0  # of the wait, under overload
     workloads: tuple[str, ...] = tuple(workload.name for workload in WORKLOADS)
     peers: tuple[str, ...] = (NAIVE, NAIVE_SAME, LITSERVE, LITSERVE_SINGLE)
-    peers_of_ensemble: tuple[str, ...] = (NAIVE, LITSERVE)
+    of_peers: tuple[str, ...] = (*SINGLE, FULL)
 
 
 # Whether everything works, in as little time as possible.
@@ -108,7 +109,7 @@ QUICK = Extent(
     limit=0.2,
     workloads=QUICK_WORKLOADS,
     peers=(NAIVE,),
-    peers_of_ensemble=(),
+    of_peers=(CENTER,),
 )
 
 
@@ -274,8 +275,13 @@ class Benchmark:
             self._wait_for(server)
 
     def _wanted_peers(self, python: str) -> list[tuple[Workload, str]]:
-        wanted = [(w, n) for w in self.workloads if w.name == CENTER for n in self._extent.peers]
-        wanted += [(w, n) for w in self.workloads if w.name in (EVERY, FULL) for n in self._extent.peers_of_ensemble]
+        wanted = [
+            (workload, name)
+            for workload in self.workloads
+            if workload.name in self._extent.of_peers
+            for name in self._extent.peers
+            if workload.name == CENTER or name in _WITH_ENSEMBLES
+        ]
         if not any(name in (LITSERVE, LITSERVE_SINGLE) for _, name in wanted):
             return wanted
         command = [python, "-c", "import litserve"]

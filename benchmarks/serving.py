@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument(
         "--peers-only-center",
         action="store_true",
-        help="the other servers serve one member only: 32 requests of ten crops need much memory without a scheduler",
+        help="other servers serve no ten crops: 32 requests of them need much memory without a scheduler",
     )
     parser.add_argument("--quick", action="store_true", help="a few seconds, without LitServe, into build/benchmark")
     parser.add_argument("--out", type=Path, help="folder of the results (default: see above)")
@@ -145,7 +145,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     extent = QUICK if arguments.quick else Extent(arguments.rounds, arguments.seconds, limit=arguments.limit)
     if arguments.peers_only_center:
-        extent = replace(extent, peers_of_ensemble=())
+        extent = replace(extent, of_peers=SINGLE)
     results = measure(arguments.bundle, arguments.images, arguments.peers, extent)
     out = destination(arguments.out, quick=arguments.quick, others=results.others)
     name = Bundle.open(arguments.bundle).manifest.name
