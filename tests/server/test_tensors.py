@@ -218,6 +218,30 @@ def test_a_tensor_that_is_not_what_the_model_takes_is_refused(changes: dict[str,
     assert refusal(request(tensor(**changes))) == "invalid_tensor"
 
 
+def test_texts_take_no_more_room_than_they_have() -> None:
+    texts = ["x" * 2**20, *[""] * 2**18]  # in an array of texts, a terabyte
+
+    assert refusal(request(tensor(data=texts))) == "invalid_tensor"
+
+
+def test_lists_of_other_lengths_are_told_from_what_is_no_number() -> None:
+    with pytest.raises(ApiError, match="a list of 6, or lists nested as its shape says"):
+        parse(request(tensor(data=[[[[1, 2, 3]]], [[[4, 5]]]])))
+    with pytest.raises(ApiError, match="whole numbers from 0 to 255"):
+        parse(request(tensor(data=[1, 2, 3, 4, 5, "6"])))
+
+
+def test_of_many_unknown_fields_the_first_is_told() -> None:
+    with pytest.raises(ApiError, match=r"^invalid_tensor: .{1,99}'0' is not known$"):
+        parse(request(tensor(), **{str(i): i for i in range(1000)}))
+    assert refusal(request(tensor(), parameters={"stopp": "exact"})) == "invalid_option"
+    assert refusal(request(tensor(parameters={"x": 1}))) == "invalid_option"
+
+
+def test_a_request_of_kserve_s_client_may_name_its_model_again() -> None:
+    assert parse({"id": "7", "model_name": "cifar10", **request(tensor())}).id == "7"
+
+
 @pytest.mark.parametrize("data", [["no base64!"], ["YQ"], ["ä"], [7], [None], [["YQ=="]], ["YQ=="] * 2, "YQ=="])
 def test_in_json_pictures_are_base64(data: object) -> None:
     image = {"name": "image", "datatype": "BYTES", "shape": [1], "data": data}
