@@ -35,7 +35,7 @@ class Strategies:
 
     def __init__(self, bundle: Bundle, engines: Sequence[EngineInfo], costs: Sequence[Cost]) -> None:
         self.calibrations: dict[str, Calibration] = {}
-        self._missing: dict[str, NotCalibrated] = {}
+        self._missing: dict[str, str] = {}  # protocols without thresholds, and why
         self._all: dict[tuple[str, str], Strategy] = {}
         members = bundle.manifest.members
         for protocol in ALL_PROTOCOLS:
@@ -66,12 +66,12 @@ class Strategies:
     def of(self, protocol: str, rule: str) -> Strategy:
         """How to evaluate. Raises NotCalibrated for `calibrated` where these engines have no thresholds."""
         if (protocol, rule) not in self._all:
-            raise self._missing[protocol]
+            raise NotCalibrated(self._missing[protocol])
         return self._all[protocol, rule]
 
     def _find(self, bundle: Bundle, protocol: str, engines: Sequence[EngineInfo]) -> Calibration | None:
         try:
             self.calibrations[protocol] = calibration.find(bundle, protocol, engines)
         except NotCalibrated as error:
-            self._missing[protocol] = error
+            self._missing[protocol] = str(error)
         return self.calibrations.get(protocol)

@@ -1,8 +1,10 @@
 """What a request can ask for depends on what stopping.json has for the very engines that run."""
 
 import asyncio
+import gc
 import io
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,20 @@ def test_info_tells_of_drafts(serve: Callable[..., Any], calibrated: Bundle) -> 
         info = client.get("/info").json()
 
     assert info["calibrated"]["flip"]["draft"] == 64
+
+
+def test_what_was_refused_for_want_of_thresholds_is_not_kept(calibrated: Bundle) -> None:
+    classifier = load(Settings(bundle=calibrated.path), Metrics(), lambda *_: FakeEngine(10))
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    known = weakref.ref(pixels)
+    try:
+        with pytest.raises(ApiError, match="no thresholds for center"):
+            asyncio.run(classifier.classify([pixels], Options(protocol="center", stop="calibrated")))
+        del pixels
+        gc.collect()
+        assert known() is None
+    finally:
+        classifier.close()
 
 
 def test_a_server_does_not_start_with_a_default_that_it_has_not(pair: Bundle) -> None:
