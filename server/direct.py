@@ -61,11 +61,11 @@ class DirectHttp(LimitedHttp):
                 return
         super().begin_answer()
 
-    def on_body(self, body: bytes) -> None:
+    def take(self, body: bytes) -> None:
         if self._own and self.cycle is self._own:
             self._own.take(body)
         else:
-            super().on_body(body)
+            super().take(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._own:
@@ -91,6 +91,7 @@ class DirectExchange:
         self._all_headers = http.headers
         self._limit = BodyLimit(self.headers.get(b"content-length", b""), http.service.settings.max_request_bytes)
         self._chunks: deque[bytes] = deque()
+        self._reads = True
         self._task = http.loop.create_task(self._answer())
         http.tasks.add(self._task)
         self._task.add_done_callback(http.tasks.discard)
@@ -114,7 +115,7 @@ class DirectExchange:
 
     def take(self, body: bytes) -> None:
         """The next bytes of the body."""
-        if not self.response_complete:
+        if self._reads:
             self._chunks.append(body)
             self.message_event.set()
 
@@ -124,12 +125,18 @@ class DirectExchange:
             self.disconnected = True
             self._task.cancel()
 
+    def _read_no_more(self) -> None:
+        """What else comes is of a body that was refused; the connection keeps this exchange until its next one."""
+        self._reads = False
+        self._chunks.clear()
+
     async def _answer(self) -> None:
         http, service = self._http, self._http.service
         try:
             if b"x-forwarded-for" in self.headers:
                 await self._look_behind_proxies()
             answer = await predict.answer(self, service)
+            self._read_no_more()
             if http.flow.write_paused:  # a client that sends, and does not read
                 await http.flow.drain()
         except asyncio.CancelledError:
@@ -150,7 +157,7 @@ class DirectExchange:
         http.transport.write(b"".join([STATUS_LINE[answer.status], *of_server, own.encode("latin-1"), answer.body]))
         http.flush()
         self.response_complete = True
-        self._chunks.clear()  # of a body that was refused; the connection keeps this exchange until its next one
+        self._read_no_more()
         if not self.keep_alive:
             http.transport.close()
         http.on_response_complete()

@@ -5,6 +5,7 @@ And with fewer system calls: an answer is written at once, and reading a photogr
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.protocols.http import httptools_impl
@@ -13,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 # httptools has no limit of its own: 100 MB of header lines take 1.6 GB. A browser's longest line is a cookie of 4 KiB.
 MAX_HEAD_BYTES = 64 * 2**10
 HEAD_SECONDS = 30.0
+_LINGER_SECONDS = 2.0
 # Java's client offers HTTP/2 in every request. We speak no other protocol, and httptools would drop the body.
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 # A connection is not read any further while the application has not taken so much of a body. uvicorn's 64 KiB is less
@@ -25,12 +27,19 @@ class AtOnce:
 
     uvicorn writes an answer's head by itself. Its client would be woken for that, and once more for the body. With this
     and the limit above, 1.03 (one client) and 1.05 times (32) the images/s (CIFAR-10 center, 14 rounds; two Zen 3
-    cores, 2026-11-26).
+    cores, 2026-11-26). `close`: how to end it.
     """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        loop: asyncio.AbstractEventLoop,
+        close: Callable[[asyncio.Transport], None],
+    ) -> None:
         self._transport = transport
         self._loop = loop
+        self._close = close
+        self._closing = False
         self._waiting: list[bytes] = []
 
     def write(self, data: bytes) -> None:
@@ -41,12 +50,18 @@ class AtOnce:
 
     def close(self) -> None:
         """When all is written."""
-        self.flush()
-        self._transport.close()
+        if not self._closing:
+            self.flush()
+            self._closing = True
+            self._close(self._transport)
+
+    def is_closing(self) -> bool:
+        """Nothing is written, or taken for a request, any more."""
+        return self._closing or self._transport.is_closing()
 
     def flush(self) -> None:
         """Now."""
-        if self._waiting and not self._transport.is_closing():  # it may have been lost since
+        if self._waiting and not self.is_closing():  # it may have been lost since
             self._transport.write(b"".join(self._waiting))
         self._waiting.clear()
 
@@ -55,15 +70,19 @@ class AtOnce:
 
 
 class LimitedHttp(HttpToolsProtocol):
-    """Closes a connection whose request has no end of its head in time; only then is there someone to answer."""
+    """Closes a connection whose request has no end of its head in time; only then is there someone to answer.
 
-    _head = 0  # bytes of a head that is not complete
+    Nor may what is neither a part of a body nor the end of a head grow without end, such as trailers.
+    """
+
+    _without_end = 0  # bytes of such
+    _moved = False  # whether what was read last had a part of a body, or an end
     _in_head = True
     _before_body = True  # also between two requests
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        at_once = AtOnce(transport, self.loop)
+        at_once = AtOnce(transport, self.loop, self._linger)
         super().connection_made(cast("asyncio.Transport", at_once))
         self.flush = at_once.flush
         self._wait()
@@ -73,36 +92,58 @@ class LimitedHttp(HttpToolsProtocol):
         self._arrived()
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         if self._before_body:
             end = data.find(b"\r\n\r\n")
             head = data if end < 0 else data[:end]
             if _UPGRADE.search(head):
                 data = _UPGRADE.sub(b"\r\nX-Ignored:", head) + data[len(head) :]
+        self._moved = False
         super().data_received(data)
-        if self._in_head:
-            self._head += len(data)
-            if self._head > MAX_HEAD_BYTES:
-                self.transport.abort()
-            elif self._timer is None:  # most heads arrive whole and need none
-                self._wait()
+        self._without_end = 0 if self._moved else self._without_end + len(data)
+        if self._without_end > MAX_HEAD_BYTES:
+            self.transport.abort()
+        elif (self._in_head or self._idle) and self._timer is None:  # most heads arrive whole and need none
+            self._wait()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         self._arrived()
-        self._in_head, self._head = True, 0
+        self._in_head = True
 
     def on_headers_complete(self) -> None:
         self._arrived()
-        self._before_body = False
+        self._moved, self._before_body = True, False
         self.begin_answer()
 
     def begin_answer(self) -> None:
         """The head of a request is there."""
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._moved = True
+        self.take(body)
+
+    def take(self, body: bytes) -> None:
+        """A part of a body."""
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        self._before_body = True
+        self._moved = self._before_body = True
         super().on_message_complete()
+
+    def _unset_keepalive_if_required(self) -> None:
+        # A body whose request was refused has as much time as a client has between two requests.
+        if self._before_body or self.transport.is_closing() or not self.cycle.response_complete:
+            super()._unset_keepalive_if_required()
+
+    @property
+    def _idle(self) -> bool:
+        """No request is in progress, and yet something came: an empty line, after which there may be a head."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return self._before_body and answered and self.timeout_keep_alive_task is None
 
     def _wait(self) -> None:
         self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
@@ -112,3 +153,16 @@ class LimitedHttp(HttpToolsProtocol):
         if self._timer:
             self._timer.cancel()
             self._timer = None
+
+    def _linger(self, transport: asyncio.Transport) -> None:
+        """Close, but let the body of a request that was refused arrive first.
+
+        A system answers what comes to a closed connection with a reset, upon which a client that still sends does not
+        read the answer.
+        """
+        if self._before_body or transport.is_closing():
+            transport.close()
+            return
+        transport.write_eof()
+        self.flow.resume_reading()
+        self.loop.call_later(_LINGER_SECONDS, transport.close)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -20,6 +21,7 @@ from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import direct, predict
 from resnet_ensemble.server.app import create_app
 from resnet_ensemble.server.direct import DirectHttp
+from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import Settings
 from tests.server.test_process import wait_for, wait_until_ready
@@ -239,6 +241,24 @@ def test_a_client_that_reads_nothing_is_not_answered_any_further(
 
         answers = received(connection, sent)
         assert answers.count(b"HTTP/1.1 200 OK") == len(directly) == sent
+
+
+def test_nothing_is_kept_of_a_body_while_its_refusal_waits_for_a_client_that_reads_nothing() -> None:
+    async def refuse() -> None:
+        never = asyncio.Event()
+        flow = SimpleNamespace(write_paused=True, drain=never.wait)
+        service = SimpleNamespace(settings=Settings(), metrics=Metrics())
+        loop = asyncio.get_running_loop()
+        http = SimpleNamespace(headers=[], client=None, service=service, loop=loop, tasks=set(), flow=flow)
+        exchange = direct.DirectExchange(http, b"top_k=0")  # type: ignore[arg-type]
+        exchange.take(b"x")
+        await asyncio.sleep(0)
+        exchange.take(b"x")
+        assert not exchange._chunks
+        exchange.leave()
+        await asyncio.gather(*http.tasks, return_exceptions=True)
+
+    asyncio.run(refuse())
 
 
 def test_a_body_that_came_with_a_refused_head_is_dropped(listen: Listen, png: Png) -> None:

@@ -1,14 +1,13 @@
 """How answers leave through a connection."""
 
 import asyncio
-from typing import cast
 
 import pytest
 
 from resnet_ensemble.server.protocol import AtOnce
 
 
-class Written:
+class Written(asyncio.Transport):
     """A transport that notes what happens to it."""
 
     def __init__(self) -> None:
@@ -41,7 +40,7 @@ def test_what_a_turn_of_the_event_loop_writes_leaves_together(then: str, happene
     written = Written()
 
     async def answer() -> None:
-        transport = AtOnce(cast("asyncio.Transport", written), asyncio.get_running_loop())
+        transport = AtOnce(written, asyncio.get_running_loop(), lambda whole: whole.close())
         transport.write(b"head, ")
         transport.write(b"body")
         if then:

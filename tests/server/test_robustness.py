@@ -11,9 +11,9 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -220,12 +220,13 @@ def test_what_is_wrong_with_one_image_or_client_is_not_felt_by_others(png: Png) 
 
 
 @PROC
-def test_a_request_whose_head_does_not_end_is_not_kept() -> None:
+@pytest.mark.parametrize("begin", ["", "Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"], ids=["head", "trailers"])
+def test_a_request_whose_head_or_trailers_do_not_end_is_not_kept(begin: str) -> None:
     with process(RESNET_BACKEND="fake") as (running, url):
         wait_until_ready(url)
         before = held(running.pid)["memory"]
         with socket.create_connection(("127.0.0.1", int(url.rsplit(":")[-1]))) as endless:
-            endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n")
+            endless.sendall(f"POST /predict HTTP/1.1\r\nHost: x\r\n{begin}".encode())
             with pytest.raises(ConnectionError):
                 endless.sendall(b"X-A: b\r\n" * 8_000_000)
         assert held(running.pid)["memory"] < before + 20 * 1024
@@ -233,28 +234,100 @@ def test_a_request_whose_head_does_not_end_is_not_kept() -> None:
         assert httpx2.get(f"{url}/livez", headers=large).status_code == 200
 
 
-def test_a_head_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, where the time can be made short; pipelined and kept connections have a clock for each head."""
-    monkeypatch.setattr("resnet_ensemble.server.protocol.HEAD_SECONDS", 0.3)
+@asynccontextmanager
+async def listening(app: Any, **settings: Any) -> AsyncIterator[int]:
+    """Our protocol in this process, where times can be made short, before an application. Gives the port."""
+    config = uvicorn.Config(app, port=0, http=LimitedHttp, lifespan="off", log_config=None, **settings)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110  # uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await serving
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+
+async def refuse(_scope: Any, _receive: Any, send: Any) -> None:
+    """An application that answers at once, whatever comes."""
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def test_a_head_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelined and kept connections have a clock for each head, and so has one that sent an empty line."""
+    monkeypatch.setattr("resnet_ensemble.server.protocol.HEAD_SECONDS", 0.3)
+    begin, whole = b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
     async def talk() -> None:
-        server = uvicorn.Server(uvicorn.Config(app, port=0, http=LimitedHttp, lifespan="off", log_config=None))
-        serving = asyncio.create_task(server.serve())
-        while not server.started:  # noqa: ASYNC110  # uvicorn has no event for it
-            await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        for first in (b"", b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\n"):
+        async with listening(refuse) as port:
+            for parts in ([b""], [begin], [whole + begin], [whole, b"\r\n"]):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                answers = b""
+                for part in parts:
+                    writer.write(part)
+                    if part.endswith(b"\r\n\r\n"):
+                        answers += await reader.readuntil(b"\r\n\r\n")
+                with contextlib.suppress(ConnectionError):
+                    answers += await asyncio.wait_for(reader.read(), 5)
+                assert answers.count(b"204") == b"".join(parts).count(b"Host")
+                writer.close()
+
+    asyncio.run(talk())
+
+
+@pytest.mark.parametrize("rest", [0, 5, 10], ids=["none of it", "a part of it", "all of it"])
+def test_a_body_that_is_not_wanted_may_not_take_for_ever(rest: int) -> None:
+    async def talk() -> None:
+        async with listening(refuse, timeout_keep_alive=1) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(first)
-            with contextlib.suppress(ConnectionError):
-                answer = await asyncio.wait_for(reader.read(), 5)
-                assert answer.count(b"204") == first.count(b"Host")
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
+            assert b"204" in await reader.readuntil(b"\r\n\r\n")
+            for _ in range(rest):
+                writer.write(b"x")
+                await asyncio.sleep(0.01)
+            assert await asyncio.wait_for(reader.read(), 5) == b""
             writer.close()
-        server.should_exit = True
-        await serving
+
+    asyncio.run(talk())
+
+
+def test_a_request_after_a_body_that_was_not_wanted_has_its_own_time() -> None:
+    answered = 0
+
+    async def slow_at_last(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal answered
+        answered += 1
+        if answered == 2:
+            await asyncio.sleep(1.5)
+        await refuse(scope, receive, send)
+
+    async def talk() -> None:
+        async with listening(slow_at_last, timeout_keep_alive=1) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
+            writer.write(head)
+            assert b"204" in await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"x" * 10 + head + b"x" * 10)
+            assert b"204" in await reader.readuntil(b"\r\n\r\n")
+            writer.close()
+
+    asyncio.run(talk())
+
+
+@pytest.mark.parametrize("sent_after", [1, 50])
+def test_a_client_that_still_sends_gets_the_answer_that_closes_its_connection(sent_after: int) -> None:
+    chunk = b"x" * 2**16
+
+    async def talk() -> None:
+        async with listening(refuse) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {100 * 2**16}\r\n\r\n"
+            writer.write(head.encode() + chunk)
+            await asyncio.sleep(0.2)  # it is answered meanwhile
+            for _ in range(sent_after):
+                writer.write(chunk)
+                await writer.drain()
+            assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 204")
+            writer.close()
 
     asyncio.run(talk())
