@@ -12,11 +12,12 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resnet_ensemble.export.bundle import Bundle, Protocol, Sha256
+from resnet_ensemble.export.engine_store import EngineStore
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.server.plan import Plan, Step, in_order
 from resnet_ensemble.server.stopping import Calibrated
 from resnet_ensemble.training.files import write_atomically
-from resnet_ensemble.training.views import block_sizes
+from resnet_ensemble.training.views import Preprocessing, block_sizes
 
 FILE = "stopping.json"
 COMMAND = "python -m resnet_ensemble.server.calibrate"
@@ -34,12 +35,19 @@ class _Part(BaseModel):
 
 
 class EngineKind(_Part):
-    """A member and how it is run."""
+    """A member and how it is run: everything that its answers depend on.
+
+    - sha256: of its graph
+    - preprocessing: what its views are made with
+    - calibration: identity of what its engine was quantized with, empty for one that was not
+    """
 
     member: str
     sha256: Sha256
+    preprocessing: Preprocessing
     backend: str
     precision: str
+    calibration: str
 
 
 class Temperature(_Part):
@@ -158,10 +166,21 @@ class Calibrations(_Part):
 
 def kinds(bundle: Bundle, engines: Sequence[EngineInfo]) -> tuple[EngineKind, ...]:
     """The engines of a bundle's members, in their order."""
-    return tuple(
-        EngineKind(member=member.name, sha256=member.sha256, backend=info.backend, precision=info.precision)
-        for member, info in zip(bundle.manifest.members, engines, strict=True)
-    )
+    store = EngineStore(bundle)
+    found = []
+    for member, info in zip(bundle.manifest.members, engines, strict=True):
+        record = store.current(member, info.backend, info.precision)
+        found.append(
+            EngineKind(
+                member=member.name,
+                sha256=member.sha256,
+                preprocessing=member.preprocessing,
+                backend=info.backend,
+                precision=info.precision,
+                calibration=record.calibration if record else "",
+            )
+        )
+    return tuple(found)
 
 
 def read(bundle: Bundle) -> tuple[Calibration, ...]:
@@ -222,4 +241,8 @@ def _difference(wanted: Sequence[EngineKind], known: Sequence[EngineKind]) -> st
             parts.append(
                 f"{ours.member} ran on {theirs.backend} {theirs.precision}, not {ours.backend} {ours.precision}"
             )
+        elif ours.calibration != theirs.calibration:
+            parts.append(f"the {ours.precision} of {ours.member} was calibrated on other pictures")
+        if ours.preprocessing != theirs.preprocessing:
+            parts.append(f"{ours.member} saw other views")
     return ", ".join(parts)

@@ -1,6 +1,8 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +101,31 @@ def test_thresholds_of_other_engines_are_refused(bundle: Bundle) -> None:
         calibration.find(bundle, "flip", [FP32, INT8])
 
 
+def test_thresholds_of_an_engine_that_was_quantized_with_other_pictures_are_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = {"resnet20": "these", "resnet32": "these"}
+    monkeypatch.setattr(
+        calibration.EngineStore, "current", lambda _self, member, *_: SimpleNamespace(calibration=used[member.name])
+    )
+    calibration.write(bundle, found(bundle, INT8))
+    assert calibration.find(bundle, "flip", [INT8, INT8])
+
+    used["resnet32"] = "others"
+    with pytest.raises(NotCalibrated, match="the int8 of resnet32 was calibrated on other pictures; run python"):
+        calibration.find(bundle, "flip", [INT8, INT8])
+
+
+def test_thresholds_of_views_that_are_made_in_another_way_are_refused(bundle: Bundle) -> None:
+    calibration.write(bundle, found(bundle))
+    first, other = bundle.manifest.members
+    wider = other.model_copy(update={"preprocessing": replace(other.preprocessing, padding=4)})
+    changed = Bundle(bundle.path, bundle.manifest.model_copy(update={"members": (first, wider)}))
+
+    with pytest.raises(NotCalibrated, match="resnet32 saw other views; run python"):
+        calibration.find(changed, "flip", [FP32, FP32])
+
+
 def test_thresholds_of_other_weights_are_refused(bundle: Bundle) -> None:
     calibration.write(bundle, found(bundle))
     first, *others = bundle.manifest.members
@@ -169,8 +196,10 @@ def test_the_file_is_plain_json_with_everything_that_was_found(bundle: Bundle) -
     assert written["engines"][0] == {
         "member": "resnet20",
         "sha256": bundle.manifest.members[0].sha256,
+        "preprocessing": json.loads((bundle.path / "bundle.json").read_text())["members"][0]["preprocessing"],
         "backend": "onnxruntime",
         "precision": "fp32",
+        "calibration": "",
     }
 
 
