@@ -94,12 +94,15 @@ class Progress:
         return self._work / self._time
 
     def begin(self, now: float) -> None:
-        """Work comes after there was none."""
+        """Work comes after there was none, or goes on that could not be done."""
         self._last = now
 
     def done(self, now: float, seconds: float, left: float) -> None:
-        """So much expected work was done, and so much is left. Of what nothing was expected, nothing is learnt."""
-        elapsed, self._last = now - self._last, now
+        """So much expected work was done, and so much is left. Of what nothing was expected, nothing is learnt.
+
+        Nor is much from a process or a machine that stood still for a while.
+        """
+        elapsed, self._last = min(now - self._last, self._longest_wait + seconds), now
         if not seconds or left < _LITTLE * self._longest_wait * self.rate:
             return
         kept = math.exp(-elapsed / self._longest_wait)

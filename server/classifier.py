@@ -45,10 +45,11 @@ def open_engine(bundle: Bundle, member: Member, settings: Settings, threads: int
 
 @dataclass
 class _Prepared:
-    """What an image took before the engines, in seconds, and whether it was decoded smaller."""
+    """What an image took before the engines, in seconds, its width and height, and whether it was decoded smaller."""
 
     decode: float = 0.0
     views: float = 0.0
+    size: tuple[int, int] = (0, 0)
     drafted: bool = False
 
 
@@ -57,7 +58,8 @@ class Evaluated:
     """One image, evaluated: what the engines gave, and its mean.
 
     - used: views that were run
-    - drafted: whether they are of the picture decoded smaller
+    - size: width and height of the picture that they are of
+    - drafted: whether that is the picture decoded smaller
     - seconds: by stage
     """
 
@@ -65,6 +67,7 @@ class Evaluated:
     tally: Tally
     mean: ensemble.Average
     used: int
+    size: tuple[int, int]
     drafted: bool
     seconds: dict[str, float]
 
@@ -180,9 +183,11 @@ class Classifier:
         """Finish what was submitted and free the engines."""
         self.scheduler.close()
         down = self.scheduler.down
-        for member, engine in enumerate(self.engines):
+        for member, (engine, lone) in enumerate(zip(self.engines, self.scheduler.lone, strict=True)):
             if member not in down:  # a dead engine is closed already
                 engine.close()
+                if lone:
+                    lone.close()
 
     def _reopened(self, member: int, engine: Engine) -> Engine:
         """A member has a new engine. It may be of another kind, if engines were built meanwhile."""
@@ -230,7 +235,7 @@ class Classifier:
         for member in self._manifest.members:
             if member.preprocessing not in made:
                 made[member.preprocessing] = make_blocks(image, member.preprocessing, strategy.plan.protocol)
-        prepared.decode, prepared.views = decoded - began, time.monotonic() - decoded
+        prepared.decode, prepared.views, prepared.size = decoded - began, time.monotonic() - decoded, image.size
         return [made[member.preprocessing] for member in self._manifest.members]
 
     def _evaluated(self, strategy: Strategy, tally: Tally, prepared: _Prepared, began: float) -> "Evaluated":
@@ -246,7 +251,7 @@ class Classifier:
             "total": now - began,
         }
         used = sum(tally.views.tolist())
-        result = Evaluated(strategy, tally, mean, used, prepared.drafted, seconds)
+        result = Evaluated(strategy, tally, mean, used, prepared.size, prepared.drafted, seconds)
         plan = strategy.plan
         counted = (plan.protocol, strategy.rule.name, used, plan.views, seconds)
         asyncio.get_running_loop().call_soon(self._metrics.answered, *counted)  # when the answer is on its way

@@ -235,9 +235,10 @@ class Dispatcher:
         """Run nothing on a member whose engine is being replaced."""
         self._paused.add(member)
 
-    def resume(self, member: int) -> None:
+    def resume(self, member: int, now: float) -> None:
         """The member's engine is back."""
         self._paused.discard(member)
+        self._progress.begin(now)
 
     def give_up(self, member: int) -> list[Job]:
         """The member's engine does not come back soon: the images that wait for it are given up."""

@@ -30,13 +30,14 @@ from tqdm import tqdm
 from resnet_ensemble.export.bundle import Bundle, BundleError, Measured, write
 from resnet_ensemble.export.engines import BackendUnavailable
 from resnet_ensemble.export.gate import SUFFIXES
+from resnet_ensemble.server import ensemble
 from resnet_ensemble.server.calibration import NotCalibrated
-from resnet_ensemble.server.classifier import Classifier, load
+from resnet_ensemble.server.classifier import Classifier, Evaluated, load
 from resnet_ensemble.server.drawing import draw
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.plan import Plan
-from resnet_ensemble.server.schemas import Options, Prediction
+from resnet_ensemble.server.schemas import Options
 from resnet_ensemble.server.scores import Score
 from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.server.stopping import CALIBRATED, RULES
@@ -57,6 +58,16 @@ class Example:
     content: bytes
     label: int
     name: str = "a picture"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The class of an image, and of each member's views of it, how many views were used, and the picture's size."""
+
+    index: int
+    votes: list[int]
+    used: int
+    size: tuple[int, int]
 
 
 def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, list[Example]]:
@@ -94,13 +105,13 @@ async def evaluate(
     labels_of_all_views: list[int] | None = None,
 ) -> tuple[Score, list[int]]:
     """Classify every example: the score, and the indices answered. Raises DataError for a picture that can't be."""
-    options = Options.model_validate({"protocol": protocol, "stop": stop, "top_k": 1})
+    options = Options.model_validate({"protocol": protocol, "stop": stop})
     progress = tqdm(total=len(examples), desc=f"{protocol} {stop}", unit="image", disable=None, leave=False)
-    answers: dict[int, Prediction] = {}
+    answers: dict[int, _Answer] = {}
 
     async def run(share: Iterator[tuple[int, Example]]) -> None:
         for place, example in share:
-            (answer,) = await classifier.classify([example.content], options)
+            (answer,) = await classifier.evaluate([example.content], options, None, _answer)
             if isinstance(answer, ApiError):
                 raise cifar.DataError(f"{example.name}: {answer}")
             answers[place] = answer
@@ -117,12 +128,12 @@ async def evaluate(
     indices = [answer.index for answer in found]
     members = None
     if stop == FULL:
-        votes = [[vote.index for vote in answer.members] for answer in found]
+        votes = [answer.votes for answer in found]
         names = [member.name for member in classifier.bundle.manifest.members]
         columns = zip(names, zip(*votes, strict=True), strict=True)
         members = {name: _differing(list(column), labels) for name, column in columns}
     plan = classifier.strategies.of(protocol, stop).plan
-    used = [answer.views_used for answer in found]
+    used = [answer.used for answer in found]
     spent = sum(plan.seconds_between(0, views) for views in used)
     score = Score(
         protocol,
@@ -135,25 +146,28 @@ async def evaluate(
         plan.views,
         spent / (len(used) * plan.seconds),
         len(examples) / seconds,
-        _multiply_adds(classifier, plan, used),
+        _multiply_adds(classifier, plan, found),
     )
     return score, indices
 
 
-def _multiply_adds(classifier: Classifier, plan: Plan, used: list[int]) -> float | None:
-    """Of an image, on average: the first `used` views of the plan each. Views of other sizes cost as their pixels."""
-    of_view: dict[tuple[int, int], float] = {}  # by member and block
-    for index, member in enumerate(classifier.bundle.manifest.members):
-        if member.multiply_adds is None:
-            return None
-        for block, pixels in enumerate(block_pixels(member.preprocessing, plan.protocol)):
-            of_view[index, block] = member.multiply_adds * pixels / member.preprocessing.crop**2
-    total = sum(
-        of_view[stage.member, stage.block] * (high - low) * images
-        for views, images in Counter(used).items()
-        for stage, low, high in plan.between(0, views)
-    )
-    return total / len(used)
+def _answer(result: Evaluated) -> _Answer:
+    mean = result.mean
+    return _Answer(ensemble.top(mean.ensemble, 1)[0], mean.members.argmax(axis=1).tolist(), result.used, result.size)
+
+
+def _multiply_adds(classifier: Classifier, plan: Plan, answers: list[_Answer]) -> float | None:
+    """Of an image, on average, over the views that were used. Views of other sizes cost as their pixels."""
+    members = classifier.bundle.manifest.members
+    total = 0.0
+    for (views, size), images in Counter((answer.used, answer.size) for answer in answers).items():
+        for stage, low, high in plan.between(0, views):
+            member = members[stage.member]
+            if member.multiply_adds is None:
+                return None
+            pixels = block_pixels(member.preprocessing, plan.protocol, size)[stage.block]
+            total += images * (high - low) * member.multiply_adds * pixels / member.preprocessing.crop**2
+    return total / len(answers)
 
 
 async def evaluate_all(

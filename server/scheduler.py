@@ -154,6 +154,12 @@ class Scheduler:
             return list(self._engines)
 
     @property
+    def lone(self) -> list[Engine | None]:
+        """Of each member, the one for views that nothing runs beside, if it has one."""
+        with self._lock:
+            return [lone.engine if lone else None for lone in self._lone]
+
+    @property
     def down(self) -> dict[int, str]:
         """Members whose engine has died and is not back, with what went wrong when it was last opened, or "".
 
@@ -390,7 +396,7 @@ class Scheduler:
         if self._hung.pop(threading.get_ident(), None):
             log.warning("the engine of member %d has ended its run after all", batch.member)
             if batch.member not in self._down | {run.what.member: "" for run in self._hung.values()}:
-                self._decide.resume(batch.member)
+                self._decide.resume(batch.member, time.monotonic())
                 self._wake_all()
         self._run_ended.notify_all()
 
@@ -426,7 +432,7 @@ class Scheduler:
             self._engines[member] = fresh
             self._lone[member] = None  # it may be of another kind
             del self._down[member]
-            self._decide.resume(member)
+            self._decide.resume(member, time.monotonic())
             self._reopening.remove(threading.current_thread())
             self._wake_all()
         self._observer.restarted(member)

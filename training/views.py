@@ -5,6 +5,7 @@ and out of its mirror. The geometry is torchvision's `Resize` on a PIL image, `P
 pixel (tests/training/test_views.py compares them), which is also what the paper's ten crops are.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -135,12 +136,12 @@ def block_sizes(protocol: str) -> tuple[int, ...]:
     return tuple(scales.count(scale) for scale in dict.fromkeys(scales))
 
 
-def block_pixels(preprocessing: Preprocessing, protocol: str) -> tuple[int, ...]:
-    """Pixels of one view of each block; of whole views, those of a square image."""
+def block_pixels(preprocessing: Preprocessing, protocol: str, size: tuple[int, int] = (1, 1)) -> tuple[int, ...]:
+    """Pixels of one view of each block. `size`: the image's width and height, whose ratio whole views have."""
     if protocol in PROTOCOLS:
         return (preprocessing.crop**2,)
-    sides = (_shorter_side(view, preprocessing) for view in DENSE_PROTOCOLS[protocol])
-    return tuple(side**2 for side in dict.fromkeys(sides))
+    sides = dict.fromkeys(_shorter_side(view, preprocessing) for view in DENSE_PROTOCOLS[protocol])
+    return tuple(math.prod(_whole_size(size, side, preprocessing.quantum)) for side in sides)
 
 
 def largest_side(preprocessing: Preprocessing, protocol: str) -> int:
@@ -174,14 +175,20 @@ def _shorter_side(view: WholeView, preprocessing: Preprocessing) -> int:
     return preprocessing.resize if view.scale is None else view.scale * preprocessing.quantum
 
 
+def _whole_size(size: tuple[int, int], shorter: int, quantum: int) -> tuple[int, int]:
+    """Width and height of the whole view of an image of this size."""
+    width, height = size
+    aspect = min(max(size) / min(size), LONGEST)
+    longer = max(shorter, quantum * round(shorter * aspect / quantum))
+    return (shorter, longer) if width <= height else (longer, shorter)
+
+
 def _resize_whole(image: Image.Image, shorter: int, quantum: int) -> Image.Image:
     width, height = image.size
     # The middle of the image, if one side is more than LONGEST times the other: left, top, right, bottom.
     seen_width, seen_height = min(width, LONGEST * height), min(height, LONGEST * width)
     left, top = (width - seen_width) // 2, (height - seen_height) // 2
-    aspect = max(seen_width, seen_height) / min(seen_width, seen_height)
-    longer = max(shorter, quantum * round(shorter * aspect / quantum))
-    size = (shorter, longer) if seen_width <= seen_height else (longer, shorter)
+    size = _whole_size(image.size, shorter, quantum)
     box = (left, top, left + seen_width, top + seen_height)
     if size == image.size and (seen_width, seen_height) == image.size:
         return image

@@ -105,6 +105,17 @@ def test_progress_never_comes_to_nothing() -> None:
     assert progress.rate == 2.0
 
 
+def test_of_a_process_that_stood_still_little_is_learnt() -> None:
+    progress = Progress(1.0, longest_wait=10.0)
+    progress.begin(0.0)
+    for i in range(1, 101):
+        progress.done(i / 10, seconds=0.1, left=5.0)
+
+    progress.done(3600.0, seconds=0.1, left=5.0)
+
+    assert 0.1 < progress.rate < 1
+
+
 def test_progress_that_was_slow_is_found_fast_again() -> None:
     progress = Progress(2.0, longest_wait=10.0)
     progress.begin(0.0)

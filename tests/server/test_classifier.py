@@ -5,6 +5,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -36,10 +37,12 @@ def test_a_lone_view_runs_on_every_core_of_several(
 ) -> None:
     monkeypatch.setattr(host, "cores", lambda: cores)
     made: list[FakeEngine] = []
+    closed: list[FakeEngine] = []
 
     def opener(bundle: object, member: object, settings: object, threads: int = 1) -> FakeEngine:
         engine = FakeEngine(10)
         engine.info = EngineInfo("onnxruntime", "1", "fp32", "cpu", threads)
+        monkeypatch.setattr(engine, "close", partial(closed.append, engine))
         made.append(engine)
         return engine
 
@@ -51,6 +54,7 @@ def test_a_lone_view_runs_on_every_core_of_several(
 
     # The last of the four members' views has nothing beside it.
     assert any(len(engine.batches) > 1 for engine in lone) == (opened > 0)
+    assert {*map(id, closed)} == {*map(id, made)}
 
 
 def test_what_is_an_error_already_keeps_its_place(classifier: Classifier, png: Callable[..., bytes]) -> None:

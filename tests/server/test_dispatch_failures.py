@@ -26,7 +26,7 @@ def test_what_is_lost_with_an_engine_is_run_once_more_when_it_is_back() -> None:
     run_all(found)
     assert job.views.tolist() == [0, 10]
 
-    found.resume(0)
+    found.resume(0, 0.0)
     run_all(found)
 
     assert job.views.tolist() == [10, 10]

@@ -126,7 +126,7 @@ class World:
 
     def revive(self, member: int) -> None:
         del self.dead[member]
-        self.found.resume(member)
+        self.found.resume(member, self.now)
 
     def end(self, jobs: list[Job], how: str) -> None:
         for job in jobs:

@@ -18,7 +18,6 @@ from resnet_ensemble.server.evaluate import Example
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.training import cifar
-from resnet_ensemble.training.views import block_pixels
 
 Png = Callable[..., bytes]
 
@@ -65,6 +64,19 @@ def test_every_protocol_is_evaluated_with_every_stop_rule_and_compared_with_all_
     assert full.multiply_adds is not None
     assert exact.multiply_adds is not None
     assert 0.5 * full.multiply_adds <= exact.multiply_adds < full.multiply_adds
+
+
+def test_views_of_a_whole_picture_cost_as_their_pixels(pair: Bundle) -> None:
+    classifier = load(Settings(bundle=pair.path), Metrics(), lambda *_: FakeEngine(10))
+    wide = io.BytesIO()
+    Image.new("RGB", (48, 32)).save(wide, "PNG")
+    try:
+        score, _ = asyncio.run(evaluate.evaluate(classifier, examples_of((wide.getvalue(), 0)), "dense"))
+    finally:
+        classifier.close()
+
+    of_crops = sum(member.multiply_adds or 0 for member in pair.manifest.members)
+    assert score.multiply_adds == pytest.approx(2 * 1.5 * of_crops)
 
 
 def test_a_part_of_the_images_has_all_labels() -> None:
@@ -162,20 +174,6 @@ def test_the_table_has_a_row_for_each_protocol_and_stop_rule() -> None:
     assert lines[2] == f"| 10crop | full | 9.00 % | 10.00 % | {error} |  | 20.0 of 20 | 2,200 M | 1.00 | 123 |"
     assert lines[3] == f"| 10crop | exact |  |  | {error} | 100.00 % | 11.5 of 20 |  | 0.51 | 234 |"
     assert len(lines) == 4
-
-
-def test_dense_views_cost_as_their_pixels(png: Png, pair: Bundle) -> None:
-    classifier = load(Settings(bundle=pair.path), Metrics(), lambda *_: FakeEngine(10))
-    try:
-        center, dense = asyncio.run(
-            evaluate.evaluate_all(classifier, examples_of((png(0), 0)), ["center", "dense"], ["full"])
-        )
-    finally:
-        classifier.close()
-
-    (pixels,) = block_pixels(pair.manifest.members[0].preprocessing, "dense")
-    assert center.multiply_adds is not None
-    assert dense.multiply_adds == pytest.approx(2 * center.multiply_adds * pixels / 32**2)
 
 
 def test_the_plot_has_every_score_and_the_same_scores_give_the_same_bytes() -> None:
