@@ -20,7 +20,7 @@ from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from resnet_ensemble.server import pieces
 from resnet_ensemble.server.errors import ApiError
@@ -117,8 +117,8 @@ def _turn_upright(image: Image.Image) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits to white
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I;16"):
+        return _to_8_bits(image).convert("RGB")
     if image.mode in ("I", "F", "LAB"):
         raise ApiError(
             "unsupported_pixel_type",
@@ -129,6 +129,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         opaque = Image.new("RGBA", rgba.size, _BACKGROUND)
         return Image.alpha_composite(opaque, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")  # a copy would cost 4 % of decoding
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Of grey with more. Pillow's own conversion clips it to white.
+
+    In a TIFF it may have 12 bits, and white may be 0, which Pillow looks after with 8 bits only.
+    """
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+    grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    white_is_0 = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    return Image.fromarray(255 - grey if white_is_0 else grey)
 
 
 def _reason(error: Exception) -> str:

@@ -86,6 +86,17 @@ def test_16_bit_grey_is_scaled_not_clipped(format: str) -> None:
     assert decoded(encode(grey, format))[0, 0].tolist() == [0x80] * 3
 
 
+@pytest.mark.parametrize(("bits", "photometric", "expected"), [(12, 1, 0x80), (16, 1, 0x80), (16, 0, 0x7F)])
+def test_grey_of_a_tiff_has_its_own_depth_and_white(bits: int, photometric: int, expected: int) -> None:
+    row = {12: bytes.fromhex("804804"), 16: bytes.fromhex("0480 0480")}[bits]  # two pixels, each of 0x804 or 0x8004
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 1, 279: len(row)}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4  # where the pixels are
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + row
+
+    assert decoded(content).tolist() == [[[expected] * 3] * 2]
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_pixels_without_an_agreed_brightness_are_refused(mode: str) -> None:
     content = encode(Image.new(mode, (8, 8)), "TIFF")
