@@ -101,11 +101,12 @@ def main() -> int:
         log_config=None,
     )
     server = _Server(config)
-    # uvicorn raises the signal again after a clean stop; with these handlers that does not turn into an exit code.
+    # uvicorn handles these while it runs, and raises what it has caught again after a clean stop, when that must not
+    # turn into an exit code. One that comes just before it runs must not be lost.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, server.handle_exit)
     if sys.platform != "win32":
-        signal.signal(signal.SIGHUP, lambda *_: service.reload_soon())
+        signal.signal(signal.SIGHUP, lambda *_: None if server.should_exit else service.reload_soon())
     server.run()
     if any(thread.name.startswith("engine-") for thread in threading.enumerate()):
         _give_up()

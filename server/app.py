@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from resnet_ensemble.server import admin, metrics, oip, openapi, predict
 from resnet_ensemble.server.connection import TIMEOUT, AsgiExchange, Timeout, service_of
-from resnet_ensemble.server.envelope import Envelope
+from resnet_ensemble.server.envelope import Envelope, route
 from resnet_ensemble.server.errors import KINDS, ApiError
 from resnet_ensemble.server.exchange import CLIENT_CLOSED_REQUEST, REQUEST_ID, headers_of, internal_error, refusal
 from resnet_ensemble.server.predict import explain
@@ -185,7 +185,7 @@ async def info(request: Request) -> Info:
 @router.get("/metrics", summary="Measurements for Prometheus", response_class=Response)
 async def measurements(request: Request) -> Response:
     """The Prometheus text format."""
-    return Response(service_of(request).metrics.render(), media_type=metrics.CONTENT_TYPE)
+    return Response(service_of(request).measurements(), media_type=metrics.CONTENT_TYPE)
 
 
 @router.get("/", include_in_schema=False)
@@ -225,7 +225,8 @@ async def _on_disconnect(_request: Request, _error: Exception) -> Response:
 
 
 async def _on_exception(request: Request, _error: Exception) -> Response:
-    """Starlette logs the traceback after this; the client gets no internals."""
+    """Starlette logs the traceback after this; the client gets no internals. This runs outside the envelope."""
     response = await _on_api_error(request, internal_error())
-    response.headers[REQUEST_ID] = _request_id(request)  # this handler runs outside the envelope
+    response.headers[REQUEST_ID] = _request_id(request)
+    service_of(request).metrics.count(request.method, route(request.scope), response.status_code)
     return response

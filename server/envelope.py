@@ -7,6 +7,12 @@ from resnet_ensemble.server.exchange import REQUEST_ID, BodyLimit, identify
 from resnet_ensemble.server.metrics import Metrics
 
 
+def route(scope: Scope) -> str:
+    """What requests are counted by: a path with parameters."""
+    found = scope.get("route")
+    return "unmatched" if found is None else found.path
+
+
 class Envelope:
     """ASGI middleware. A client's own X-Request-ID is kept when it is harmless, otherwise one is made."""
 
@@ -33,9 +39,7 @@ class Envelope:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"].append((REQUEST_ID.lower().encode(), request_id.encode()))
-                route = scope.get("route")
-                path = route.path if route is not None else "unmatched"
-                self._metrics.count(scope["method"], path, message["status"])
+                self._metrics.count(scope["method"], route(scope), message["status"])
             await send(message)
 
         await self._app(scope, receive_within_limit, send_with_id)

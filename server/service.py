@@ -207,15 +207,21 @@ class Service:
         self._on_loaded()
         return classifier
 
+    def measurements(self) -> bytes:
+        """What Prometheus is told."""
+        if self._serving:
+            self.metrics.engine.clear()  # one that died may have been followed by one of another kind
+            classifier = self.classifier
+            for member, engine in zip(classifier.bundle.manifest.members, classifier.engines, strict=True):
+                info = engine.info
+                self.metrics.engine.labels(member.name, info.backend, info.version, info.precision, info.device).set(1)
+        return self.metrics.render()
+
     def _serve(self, classifier: Classifier) -> None:
         """From now on this one answers, and the metrics tell of it."""
         measured = self.metrics
         measured.bundle.clear()
-        measured.engine.clear()
         measured.bundle.labels(classifier.bundle.identity).set(1)
-        for member, engine in zip(classifier.bundle.manifest.members, classifier.engines, strict=True):
-            info = engine.info
-            measured.engine.labels(member.name, info.backend, info.version, info.precision, info.device).set(1)
         measured.waiting_views.set_function(classifier.scheduler.waiting_views)
         measured.waiting_view_bytes.set_function(classifier.scheduler.view_bytes)
         measured.unfinished_views.set_function(classifier.scheduler.unfinished_views)

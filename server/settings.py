@@ -38,9 +38,9 @@ class Settings(BaseSettings):
     """When an image is done where a request does not say it: after all views, or once its class is certain."""
     timeout_seconds: float = Field(default=300.0, gt=0, le=3600)
     """How long an answer may take where a request has no X-Request-Timeout; then it is 504."""
-    engine_timeout_seconds: float = Field(default=60.0, gt=0)
+    engine_timeout_seconds: float = Field(default=60.0, gt=0, le=86400)
     """How long an engine may run, or 20 times as long as planned if that is more; then it hangs, as /livez tells."""
-    max_wait_seconds: float = Field(default=10.0, gt=0)
+    max_wait_seconds: float = Field(default=10.0, gt=0, le=86400)
     """Predicted wait in the queue above which new requests are answered with 503."""
     max_request_bytes: int = Field(default=100 * 2**20, ge=1)
     """Bytes of a request's body."""
@@ -56,9 +56,9 @@ class Settings(BaseSettings):
     """`image` parts in one request."""
     max_images_per_client: int | None = Field(default=None, ge=1)
     """Images in progress for one client address; above it the answer is 429. None, since a proxy is one address."""
-    upload_seconds: float = Field(default=30.0, gt=0)
+    upload_seconds: float = Field(default=30.0, gt=0, le=86400)
     """How long a request's body may take to arrive."""
-    drain_seconds: int = Field(default=30, ge=1)
+    drain_seconds: int = Field(default=30, ge=1, le=86400)
     """How long SIGTERM waits for accepted requests."""
 
     admin_key: SecretStr | None = Field(default=None, min_length=16)

@@ -76,7 +76,9 @@ class _Raw:
             raise _too_large(self._size, self._settings)
 
     def end(self) -> Upload:
-        return Upload([b"".join(self._chunks)], [None])
+        content = b"".join(self._chunks)
+        self._chunks.clear()
+        return Upload([content], [None])
 
 
 class _Form:
@@ -126,7 +128,9 @@ class _Form:
             return
         assert self._part is not None
         if event is None:
-            self._end(self._part, b"".join(self._content))
+            content = b"".join(self._content)
+            self._content.clear()
+            self._end(self._part, content)
         elif self._part.bytes_received <= self._limit:  # what else comes is not worth keeping
             self._content.append(event)
 

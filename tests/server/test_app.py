@@ -1,9 +1,11 @@
 """Health, information, metrics and documentation."""
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,6 +82,25 @@ def test_info_describes_what_is_served(client: TestClient) -> None:
     assert body["members"][0]["engine"]["backend"] == "fake"
     assert body["members"][0]["preprocessing"]["crop"] == 32
     assert body["limits"]["max_image_bytes"] == Settings().max_image_bytes
+
+
+def test_metrics_name_the_engine_that_runs_now(serve: Serve, png: Png) -> None:
+    opened: list[FakeEngine] = []
+
+    def engine(classes: int) -> FakeEngine:
+        opened.append(FakeEngine(classes))
+        if len(opened) > 2:  # there were two members
+            opened[-1].info = replace(opened[-1].info, precision="int8")
+        return opened[-1]
+
+    with serve(engine) as client:
+        opened[0].kill()
+        assert client.post("/predict", content=png(), headers=RAW).status_code == 200
+
+        found = re.findall(
+            r'^resnet_engine_info\{.*member="(.*?)",precision="(.*?)"', client.get("/metrics").text, re.MULTILINE
+        )
+        assert found == [("resnet20", "int8"), ("resnet32", "fp32")]
 
 
 def test_metrics_count_what_happened(client: TestClient, png: Png) -> None:

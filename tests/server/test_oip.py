@@ -293,6 +293,19 @@ def test_a_view_on_which_the_engine_fails_is_an_error_of_its_request_only(serve:
         assert "\nresnet_unfinished_views 0.0\n" in client.get("/metrics").text
 
 
+def test_a_failure_of_ours_is_told_without_internals_and_counted(
+    serve: Serve, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    with serve() as client:
+        monkeypatch.setattr("resnet_ensemble.server.tensors.encode", fail)
+        assert "secret" not in assert_error(send(client, pictures(png())), "internal_error")
+        route = "/v2/models/{name}/infer"
+        assert f'resnet_requests_total{{method="POST",route="{route}",status="500"}} 1.0' in client.get("/metrics").text
+
+
 def test_a_member_has_no_protocol(client: TestClient) -> None:
     request = pixels(np.zeros((1, 32, 32, 3)), "views", parameters={"stop": "exact"})
 

@@ -80,12 +80,16 @@ def test_sigterm_answers_every_accepted_request_and_exits_with_0(shipped: Bundle
         requests = [pool.submit(client.post, f"{url}/predict", files=parts) for _ in range(2)]
         wait_for(url, "resnet_images_in_flight", 2 * many)
         running.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        running.send_signal(signal.SIGHUP)  # now it is too late for another bundle
 
         answers = [request.result() for request in requests]
 
         assert [answer.status_code for answer in answers] == [200] * 2
         assert [r["prediction"]["label"] for answer in answers for r in answer.json()["results"]] == ["ship"] * 2 * many
         assert running.wait(30) == 0
+        assert running.stderr
+        assert running.stderr.read().count("ready: ") == 1
 
 
 def test_what_is_not_answered_at_the_drain_limit_is_told_so(shipped: Bundle) -> None:
