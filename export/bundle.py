@@ -15,7 +15,9 @@ the SHA-256 in its first lines. No torch, and no ONNX library.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -205,9 +207,10 @@ class Bundle:
 
     @property
     def identity(self) -> str:
-        """Name, version and the first digits of the members' hashes: what an answer was computed with."""
-        digest = hashlib.sha256("".join(member.sha256 for member in self.manifest.members).encode()).hexdigest()
-        return f"{self.manifest.name}-{self.manifest.version}-{digest[:8]}"
+        """Name, version and the first digits of a hash: of all that answers are computed with, and of their labels."""
+        members = [[member.sha256, asdict(member.preprocessing)] for member in self.manifest.members]
+        whole = json.dumps([members, self.manifest.labels], sort_keys=True).encode()
+        return f"{self.manifest.name}-{self.manifest.version}-{hashlib.sha256(whole).hexdigest()[:8]}"
 
 
 def write(path: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:

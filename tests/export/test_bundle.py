@@ -132,10 +132,17 @@ def test_a_name_that_is_no_good_file_name_is_refused(copy: Path, name: str) -> N
         Bundle.open(copy)
 
 
-def test_identity_changes_with_the_weights(copy: Path, shipped: Bundle) -> None:
+@pytest.mark.parametrize("part", ["weights", "preprocessing", "labels"])
+def test_identity_changes_with_all_that_answers_depend_on(copy: Path, shipped: Bundle, part: str) -> None:
     members = [member.model_dump(mode="json") for member in shipped.manifest.members]
-    members[0]["sha256"] = "0" * 64
-    edit(copy, members=members)
+    labels = list(shipped.manifest.labels)
+    if part == "weights":
+        members[0]["sha256"] = "0" * 64
+    elif part == "preprocessing":
+        members[0]["preprocessing"]["padding"] += 1
+    else:
+        labels[0] = "aeroplane"
+    edit(copy, members=members, labels=labels)
 
     assert Bundle.open(copy).identity != shipped.identity
 
