@@ -299,7 +299,8 @@ def export_declared(
     name = name or path.resolve().name
     if not re.fullmatch(NAME, name):
         raise ExportError(f"{name!r} is no name for a bundle: letters, digits, dot, dash, underscore; give it a --name")
-    if not calibration and (made := made_before(path, chosen)):
+    made = None if calibration else made_before(path, chosen)
+    if made and (made.manifest.name, made.manifest.version) == (name, version):
         return made
     return export(
         read_all(chosen),

@@ -210,6 +210,19 @@ def test_a_damaged_bundle_is_made_again_of_its_weights(
     assert (tmp_path / "made" / file).read_bytes() == before
 
 
+def test_the_same_weights_under_another_version_are_another_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(cifar(8, classes=3).state_dict(), tmp_path / "mine.pth")
+    (tmp_path / "labels.txt").write_text("red\ngreen\nblue\n")
+    monkeypatch.setattr(to_onnx, "to_onnx", lambda graph: b"a graph")
+    chosen = declared.choose([str(tmp_path / "mine.pth")], None, tmp_path / "labels.txt")
+
+    first, second = (to_onnx.export_declared(chosen, tmp_path / "made", version=version) for version in "12")
+
+    assert (first.manifest.version, second.manifest.version) == ("1", "2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
