@@ -5,6 +5,7 @@ memory; a tree of folders is decoded and augmented by worker processes.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -204,14 +205,21 @@ class Folders:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=gpu,
+            worker_init_fn=_stand_alone,
         )
-        self._validation_loader = DataLoader(mine, batch_size=64, num_workers=workers, pin_memory=gpu)
+        self._validation_loader = DataLoader(
+            mine, batch_size=64, num_workers=workers, pin_memory=gpu, worker_init_fn=_stand_alone
+        )
 
     def mean_image(self) -> Tensor:
         step = max(1, self.train_images // MEAN_IMAGES)
         chosen = range(0, self.train_images, step)[self._group.rank :: self._group.world]
         loader = DataLoader(
-            self._training, batch_size=64, sampler=cast("Sampler[int]", chosen), num_workers=self._loader.num_workers
+            self._training,
+            batch_size=64,
+            sampler=cast("Sampler[int]", chosen),
+            num_workers=self._loader.num_workers,
+            worker_init_fn=_stand_alone,
         )
         total = torch.zeros(self._recipe.test_crop, self._recipe.test_crop, 3, dtype=torch.float64)
         for images, _ in loader:
@@ -268,6 +276,11 @@ def _decode_fast(path: str) -> Tensor:
         return cast("Tensor", decode_jpeg(path))
     except (RuntimeError, ValueError):  # another format, or a fault, which Pillow names
         return torch.from_numpy(np.array(decode(path))).permute(2, 0, 1)
+
+
+def _stand_alone(_worker: int) -> None:
+    """A signal to the whole group is for the process that trains, which ends its workers when it has saved."""
+    os.setpgid(0, 0)
 
 
 def scan_folders(

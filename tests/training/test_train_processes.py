@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,27 @@ def test_the_paper_s_imagenet_recipe_finishes_two_epochs_on_a_small_tree(
     assert saved.mean_image.mean() == pytest.approx((50 + 150 / 3) / 255, abs=0.02)
     assert [(epoch.epoch, epoch.val_images) for epoch in saved.history] == [(1, 9), (2, 9)]
     assert "on 9 images" in done.stdout
+
+
+def test_sigterm_saves_if_it_comes_to_the_loading_processes_too(tmp_path: Path, root: Path) -> None:
+    data = write_folders(tmp_path / "data", train=4, val=1)
+    command = f"{root}/training/train.py resnet18a-imagenet-paper --data {data} --out {tmp_path / 'runs'}"
+    changes = "--workers 1 --threads 1 --set epochs=500 batch_size=4 classes=3"
+    with subprocess.Popen(
+        [sys.executable, *command.split(), *changes.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        assert running.stdout
+        assert "epoch" in running.stdout.readline()  # one is over, and workers load the next
+        time.sleep(0.5)
+        os.killpg(running.pid, signal.SIGTERM)
+        said, wrong = running.communicate(timeout=60)
+
+    assert running.returncode == 128 + signal.SIGTERM, wrong
+    assert "saved after" in said
 
 
 def test_a_mistake_on_the_command_line_ends_the_process_with_1_and_one_line(root: Path, tmp_path: Path) -> None:
