@@ -7,6 +7,7 @@ archive.)
 
 import hashlib
 import http.client
+import io
 import pickle
 import tarfile
 import urllib.request
@@ -202,12 +203,12 @@ class _Unpacked:
 
 class _Archive:
     def __init__(self, path: Path, version: Version) -> None:
-        _check(path.read_bytes(), version.archive_md5, str(path), "download it again")
-        self._path = path
+        self._content = path.read_bytes()  # what is unpickled is what was checked, whoever writes into the folder
+        _check(self._content, version.archive_md5, str(path), "download it again")
         self._folder = version.folder
 
     def __call__(self, name: str) -> bytes:
-        with tarfile.open(self._path) as archive:
+        with tarfile.open(fileobj=io.BytesIO(self._content)) as archive:
             file = archive.extractfile(f"{self._folder}/{name}")
             assert file is not None  # the archive has just been found to be the published one
             return file.read()
