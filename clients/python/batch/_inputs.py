@@ -276,13 +276,19 @@ class Inputs:
 
 
 class _Header(tarfile.TarInfo):
-    """A header that is none ends an archive with an error; tarfile takes all but the first for the archive's end."""
+    """A header that is none ends an archive with an error, and so does a file that ends before the archive does.
+
+    tarfile takes all but the first for the archive's end.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile, /) -> Self:
         try:
             return super().fromtarfile(tarfile_)
-        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]  # not in the stubs
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]  # not in the stubs
+            cut = f"cut off at byte {tarfile_.offset}: no zero bytes end it; if nothing is missing, add 1,024 of them"
+            raise tarfile.ReadError(cut) from error
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"damaged at byte {tarfile_.offset}: {error}") from error
 
 

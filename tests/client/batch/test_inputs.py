@@ -352,6 +352,35 @@ def test_an_archive_that_is_damaged_further_on_is_not_taken_for_a_shorter_one(fo
         next(passing)
 
 
+@pytest.mark.parametrize(
+    ("left", "problem"),
+    [
+        (3 * 512, "cut off at byte 1536: no zero bytes end it; if nothing is missing, add 1,024 of them"),
+        (3 * 512 + 100, "damaged at byte 1536: truncated header"),
+        (0, "cut off at byte 0"),
+    ],
+)
+@pytest.mark.parametrize("name", ["s.tar", "s.tgz"])
+def test_an_archive_that_was_cut_off_is_not_taken_for_a_shorter_one(
+    folder: Path, name: str, left: int, problem: str
+) -> None:
+    _archive(folder / name, 5)
+    content = (folder / name).read_bytes()[:left]
+    (folder / name).write_bytes(content if name == "s.tar" else gzip.compress(content))
+    passing = iter(Inputs((name,)))
+
+    assert [next(passing).id for _ in range(left // 512)] == [f"{name}/{number}.jpg" for number in range(left // 512)]
+    with pytest.raises(InputError, match=rf"{name} can't be read further: {problem}"):
+        next(passing)
+
+
+def test_one_block_of_zeros_ends_an_archive(folder: Path) -> None:
+    _archive(folder / "s.tar", 5)
+    (folder / "s.tar").write_bytes((folder / "s.tar").read_bytes()[:-512])
+
+    assert len(items("s.tar")) == 5
+
+
 def test_pictures_are_arguments_too(folder: Path) -> None:
     assert ids("b/c.PNG", "a.jpg") == ["b/c.PNG", "a.jpg"]
 
