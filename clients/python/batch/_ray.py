@@ -120,9 +120,10 @@ class Worker:
     async def _all(self, block: list[dict[str, Any]]) -> list[Done]:
         return list(await asyncio.gather(*(self._one(**entry) for entry in block)))
 
-    async def _one(self, position: int, id: str, path: str, content: bytes | None, problem: str | None) -> Done:  # noqa: A002  # the column's name
+    async def _one(self, position: int, id: str, path: bytes, content: bytes | None, problem: str | None) -> Done:  # noqa: A002  # the column's name
+        item = Item(id, path.decode("utf-8", "surrogatepass"), content, problem)
         try:
-            return Done(position, await self._sender.row(Item(id, path, content, problem)), None)
+            return Done(position, await self._sender.row(item), None)
         except (StopJobError, MissingExtraError) as error:
             return Done(position, None, str(error))
 
@@ -143,9 +144,13 @@ def _table(arrow: Any, items: list[tuple[int, Item]]) -> Any:
         {
             "position": arrow.int64(),
             "id": arrow.string(),
-            "path": arrow.string(),
+            "path": arrow.binary(),  # a name that is not UTF-8 has halves of surrogate pairs, which no string may
             "content": arrow.large_binary(),
             "problem": arrow.string(),
         }
     )
-    return arrow.Table.from_pylist([{"position": position, **vars(item)} for position, item in items], schema=schema)
+    entries = [
+        {"position": position, **vars(item), "path": item.path.encode("utf-8", "surrogatepass")}
+        for position, item in items
+    ]
+    return arrow.Table.from_pylist(entries, schema=schema)

@@ -1,6 +1,7 @@
 """The same job with Ray. Ray is heavy and not in the development environment; pip install 'resnet-ensemble[ray]'."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -9,11 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from resnet_ensemble.client.batch._inputs import Item
-from resnet_ensemble.client.batch._ray import slabs
-from resnet_ensemble.client.batch._rows import Row
+from resnet_ensemble.client.batch._ray import Work, Worker, _table, slabs
+from resnet_ensemble.client.batch._rows import Row, printable
 from resnet_ensemble.export.bundle import Bundle
 from tests.client.batch.conftest import rows_of
 
@@ -47,6 +49,23 @@ def test_a_stream_is_cut_into_lists_by_number_and_by_bytes(monkeypatch: pytest.M
     cut = list(slabs(enumerate(Item(str(n), str(n), bytes(size)) for n, size in enumerate(sizes))))
 
     assert [[position for position, _ in slab] for slab in cut] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+
+
+def test_an_actor_reads_files_whose_names_may_be_any_bytes(tmp_path: Path) -> None:
+    names = [f"{tmp_path}/{os.fsdecode(name)}" for name in (b"caf\xe9.jpg", b"\xff\n.jpg", "ä😀.jpg".encode())]
+    for name in names:
+        Path(name).write_text("a picture")
+    names.append("\ud800.jpg")  # half a pair, which JSON can spell; no file has that name
+    items = list(enumerate(Item(printable(name), name) for name in names))
+    # It reads more than the server takes, so that none is needed.
+    worker = Worker(Work(None, None, None, "cifar10-2-0", 3, 5, None, None, 8, 60.0, 600.0))
+
+    done = worker(_table(pa, items)).to_pylist()
+    worker._runner.close()
+
+    rows = [json.loads(one["row"]) for one in done]
+    assert [row["error_code"] for row in rows] == ["image_too_large"] * 3 + ["unreadable"]
+    assert [row["path"] for row in rows] == [row["id"] for row in rows] == [printable(name) for name in names]
 
 
 @needs_ray
