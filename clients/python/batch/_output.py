@@ -7,6 +7,7 @@ line that was cut off is no line.
     OUT/_ledger               {"format": 1, "configuration": {...}}
                               {"shard": "part-000000.jsonl", "rows": 1000, "errors": 2, "bytes": 812345, "replaces": []}
     OUT/part-000000.jsonl
+    OUT/part-000001-kept.jsonl    the rows of part-000001.jsonl without the errors among them, which are done again
 
 A job with one output file keeps its shards in OUT.jsonl.shards and joins them when it has finished. There the line
 comes first: the joined file is whole by then, and a rename that did not happen is made up for at the next start.
@@ -26,7 +27,7 @@ from resnet_ensemble.client.batch._rows import Row
 
 LEDGER = "_ledger"
 VERSION = 1
-_SHARD = re.compile(r"part-(\d{6,})\.(jsonl|parquet)")
+_SHARD = re.compile(r"part-(\d{6,})(-kept)?\.(jsonl|parquet)")
 _ASIDE = "_aside.tmp"
 _JOINED = "_joined.tmp"
 
@@ -47,14 +48,13 @@ class Entry:
 
 
 def live(entries: list[Entry]) -> list[Entry]:
-    """The entries whose rows count, oldest first."""
-    kept: dict[str, Entry] = {}
-    for entry in entries:
-        for name in entry.replaces:
-            kept.pop(name, None)
+    """The entries whose rows count, oldest first; one that replaces others is where the first of them was."""
+    kept: dict[str, tuple[int, Entry]] = {}
+    for number, entry in enumerate(entries):
+        places = [kept.pop(name)[0] for name in entry.replaces if name in kept]
         if entry.shard is not None:
-            kept[entry.shard] = entry
-    return list(kept.values())
+            kept[entry.shard] = (min(places, default=number), entry)
+    return [entry for _, entry in sorted(kept.values(), key=lambda placed: placed[0])]
 
 
 def parse_ledger(content: bytes) -> tuple[dict[str, Any], list[Entry]]:
@@ -157,7 +157,8 @@ class Output:
     def commit(self, rows: list[Row]) -> None:
         """Add a shard."""
         if rows:
-            self._commit(iter(rows), len(rows), sum(row["error_code"] is not None for row in rows), ())
+            errors = sum(row["error_code"] is not None for row in rows)
+            self._commit(self._next_name(), iter(rows), len(rows), errors, ())
 
     def drop_errors(self) -> int:
         """Take the error rows away, so that their inputs are done again. Returns how many there were."""
@@ -169,7 +170,10 @@ class Output:
                     self._append(Entry(None, 0, 0, 0, (entry.shard,)))
                 else:
                     kept = (row for row in self._format.read(self._path(entry.shard)) if row["error_code"] is None)
-                    self._commit(kept, entry.rows - entry.errors, 0, (entry.shard,))
+                    shard = _SHARD.fullmatch(entry.shard)
+                    # In a folder the order of the rows is that of the names.
+                    name = f"part-{shard[1]}-kept{self._format.suffix}" if shard else self._next_name()
+                    self._commit(name, kept, entry.rows - entry.errors, 0, (entry.shard,))
         self._remove_what_is_not_live()
         return dropped
 
@@ -249,16 +253,16 @@ class Output:
         if self._folder.is_dir():
             yield from (path for path in sorted(self._folder.iterdir()) if _SHARD.fullmatch(path.name))
 
-    def _commit(self, rows: Iterator[Row], count: int, errors: int, replaces: tuple[str, ...]) -> None:
-        name = f"part-{self._next_number():06}{self._format.suffix}"
+    def _commit(self, name: str, rows: Iterator[Row], count: int, errors: int, replaces: tuple[str, ...]) -> None:
         aside = self._folder / _ASIDE
         size = self._disk.write(aside, lambda file: self._format.write(rows, file))
         self._disk.rename(aside, self._folder / name)
         self._append(Entry(name, count, errors, size, replaces))
 
-    def _next_number(self) -> int:
+    def _next_name(self) -> str:
         names = [entry.shard for entry in self._entries if entry.shard]
-        return 1 + max((int(found[1]) for found in map(_SHARD.fullmatch, names) if found), default=-1)
+        number = 1 + max((int(found[1]) for found in map(_SHARD.fullmatch, names) if found), default=-1)
+        return f"part-{number:06}{self._format.suffix}"
 
     def _append(self, entry: Entry) -> None:
         self._disk.append(self._folder / LEDGER, json.dumps(asdict(entry)).encode() + b"\n")

@@ -292,6 +292,23 @@ def test_replaced_entries_count_no_more() -> None:
     assert [entry.shard for entry in live(entries)] == ["c"]
 
 
+@pytest.mark.parametrize("name", ["rows", "rows.jsonl"])
+def test_rows_stay_in_their_order_while_error_rows_are_taken_from_among_them(tmp_path: Path, name: str) -> None:
+    with begun(tmp_path / name) as output:
+        for shard, bad in (("abc", "bc"), ("def", "def"), ("ghi", "")):
+            output.commit([row(id, "bad" if id in bad else None) for id in shard])
+
+    with begun(tmp_path / name) as output:
+        assert output.drop_errors() == 5
+        output.commit([row("b"), row("c", "bad")])
+        output.commit([row("d")])
+    with begun(tmp_path / name) as output:
+        assert output.drop_errors() == 1
+        assert list(output.ids()) == list("aghibd")
+        output.finish()
+    assert [row["id"] for row in rows_on_disk(tmp_path / name)] == list("aghibd")
+
+
 def test_differences_are_named() -> None:
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None, "d": 4}) == ["b: 2 → 3", "d: None → 4"]
 
