@@ -61,4 +61,8 @@ class Writer:
     async def _commit(self, count: int) -> None:
         rows, self._rows = self._rows[:count], self._rows[count:]
         self._began = self._clock()
-        await asyncio.to_thread(self._output.commit, rows)
+        try:
+            await asyncio.to_thread(self._output.commit, rows)
+        except OSError:
+            self._rows[:0] = rows  # what comes later must not come before them, should the disk take it
+            raise

@@ -1,14 +1,15 @@
 """Jobs against a server that is a function."""
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx2
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from resnet_ensemble.client import ResnetError
 from resnet_ensemble.client.batch import COLUMNS, InputError, Job, OutputError, Progress, Summary, run
 from resnet_ensemble.client.batch import _job as job_module
+from resnet_ensemble.client.batch._rows import Row
 from tests.client.batch.conftest import MOST_BYTES, answered, problem, rows_of, server
 
 Do = Callable[..., Summary]
@@ -227,6 +229,26 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_rows(do: Do, tmp_path: Path, m
 
     assert do(lambda _: pytest.fail("nothing is to be sent"), output=tmp_path / "rows.jsonl").exit_code == 0
     assert len(rows_of(tmp_path / "rows.jsonl")) == 10
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_change_the_order(
+    do: Do, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resnet_ensemble.client.batch._formats import JsonLines
+
+    really_write = JsonLines.write
+    shards = itertools.count()
+
+    def write(form: JsonLines, rows: Iterable[Row], file: BinaryIO) -> None:
+        if next(shards) == 1:
+            raise OSError(28, "No space left on device")
+        really_write(form, rows, file)
+
+    monkeypatch.setattr(JsonLines, "write", write)
+
+    assert "the rows can't be written: [Errno 28]" in str(do(order="input").stopped)
+    assert do(order="input").total_rows == 10
+    assert [row["label"] for row in rows_of(tmp_path / "rows")] == [f"picture {number}" for number in range(10)]
 
 
 def test_a_package_that_an_input_needs_ends_the_job(do: Do, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
