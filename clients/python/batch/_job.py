@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 from resnet_ensemble.client._client import AsyncClient
 from resnet_ensemble.client._errors import ConnectionFailedError, StatusError
+from resnet_ensemble.client._protocol import Options
 from resnet_ensemble.client._retries import retryable
 from resnet_ensemble.client._types import Info
 from resnet_ensemble.client.batch import _ray
@@ -278,9 +279,10 @@ class _Run:
 
     async def _classify_with_ray(self, workers: int, served: Info, output: Output) -> None:
         job = self._job
+        options = Options(job.url, job.api_key)  # those of this environment: the actors have others
         work = _ray.Work(
-            url=job.url,
-            api_key=job.api_key,
+            url=None if job.bundle else options.base(),
+            api_key=None if job.bundle else options.key(),
             bundle=job.bundle and job.bundle.resolve(),
             identity=served.bundle,
             most_bytes=_most_bytes(served),

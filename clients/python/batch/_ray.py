@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Work:
     """What an actor needs to know. It is sent to it."""
 
     url: str | None
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     bundle: Path | None
     identity: str
     most_bytes: int | None

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,8 +15,9 @@ import httpx2
 import pytest
 
 from resnet_ensemble.client import ResnetError
-from resnet_ensemble.client.batch import COLUMNS, InputError, Job, OutputError, Progress, Summary, run
+from resnet_ensemble.client.batch import COLUMNS, InputError, Job, OutputError, Progress, Summary, _ray, run
 from resnet_ensemble.client.batch import _job as job_module
+from resnet_ensemble.client.batch._inputs import Item
 from resnet_ensemble.client.batch._rows import Row
 from tests.client.batch.conftest import MOST_BYTES, answered, problem, rows_of, server
 
@@ -289,6 +290,25 @@ def test_a_signal_does_not_wait_for_what_waits(do: Do) -> None:
     began = time.monotonic()
     assert do(predict, order="input").exit_code == 130
     assert time.monotonic() - began < 5
+
+
+def test_actors_of_ray_ask_the_server_of_the_jobs_environment_with_its_key(
+    do: Do, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def classify(items: Iterable[Item], work: _ray.Work, **how: Any) -> Iterator[_ray.Done]:
+        given.append((work.url, work.api_key))
+        return iter(())
+
+    given: list[tuple[str | None, str | None]] = []
+    monkeypatch.setattr(_ray, "classify", classify)
+    monkeypatch.setenv("RESNET_CLIENT_URL", "http://there:8000")
+    monkeypatch.setenv("RESNET_CLIENT_API_KEY", "secret")
+
+    do(ray=2)
+    do(ray=2, url="http://given", api_key="other")
+    run(Job((), tmp_path / "other", bundle=tmp_path, ray=2), connect=server(answered))
+
+    assert given == [("http://there:8000", "secret"), ("http://given", "other"), (None, None)]
 
 
 def test_progress_is_told(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
