@@ -413,10 +413,11 @@ def _matching(pattern: str, sort: bool) -> Iterator[Item]:
     """The files that match a pattern; the folder that the walk begins in is what comes before the first * ? or [."""
     before = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
     folder = before[: before.rfind("/") + 1]
-    parts = pattern.removeprefix(folder).split("/")
+    # Here several slashes are one; in the keys of a store they are not.
+    parts = re.split("/" if "://" in pattern else "/+", pattern.removeprefix(folder))
     if folder and "://" not in folder and not Path(folder).is_dir():
         return
-    prefix = folder or "./"
+    prefix = f"{folder.rstrip('/')}/" if folder else "./"
     if "://" in folder:  # as the driver writes it: memory://a is memory:///a
         system, root = _driver(folder)
         prefix = f"{system.unstrip_protocol(root).rstrip('/')}/"

@@ -57,6 +57,9 @@ def test_a_folder_gives_its_pictures_and_those_of_the_folders_in_it(folder: Path
         ("**/*.jp*g", ["a.jpg", "b/d/e.jpeg"]),
         ("b/?.PNG", ["b/c.PNG"]),
         ("b/[cx].*", ["b/c.PNG"]),
+        ("b//*.PNG", ["b/c.PNG"]),
+        ("*//d///*.jpeg", ["b/d/e.jpeg"]),
+        ("b/*/", []),
         ("nothing/*.jpg", []),
     ],
 )
