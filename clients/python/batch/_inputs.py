@@ -126,6 +126,8 @@ class Inputs:
             unknown = argument == "-" or "://" in argument or argument.lower().endswith(_ARCHIVES)
             # With pictures in a list of text, counting would read all of them.
             unknown |= self._columns.content is not None and not argument.endswith(".parquet")
+            # A pipe gives each line once, and that is for the job.
+            unknown |= Path(argument).exists() and not (Path(argument).is_file() or Path(argument).is_dir())
             if unknown or (argument.endswith(".parquet") and _has_pattern(argument)):
                 return None
             total += self._count(argument)

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import tarfile
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,6 +144,16 @@ def test_pipes_are_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / "b" / "pipe.jpg")
 
     assert ids("b") == ["b/c.PNG", "b/d/e.jpeg"]
+
+
+def test_counting_takes_nothing_from_a_pipe(folder: Path) -> None:
+    os.mkfifo(folder / "list.txt")
+    writer = threading.Thread(target=(folder / "list.txt").write_text, args=["a.jpg\nb/c.PNG\n"], daemon=True)
+    writer.start()
+
+    assert Inputs(("list.txt",)).count() is None
+    assert ids("list.txt") == ["a.jpg", "b/c.PNG"]
+    writer.join()
 
 
 def test_a_name_that_no_file_can_have_is_an_os_error(folder: Path) -> None:
