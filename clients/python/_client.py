@@ -170,10 +170,10 @@ class Client:
                 outcome = None
                 time.sleep(step)
 
-    def _send(self, request: Request) -> httpx2.Response | httpx2.TransportError:
+    def _send(self, request: Request) -> httpx2.Response | httpx2.RequestError:
         try:
             return self._http.request(request.method, request.url, **request.arguments)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             return error
 
 
@@ -311,10 +311,10 @@ class AsyncClient:
                 outcome = None
                 await asyncio.sleep(step)
 
-    async def _send(self, request: Request) -> httpx2.Response | httpx2.TransportError:
+    async def _send(self, request: Request) -> httpx2.Response | httpx2.RequestError:
         try:
             return await self._http.request(request.method, request.url, **request.arguments)
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             return error
 
 

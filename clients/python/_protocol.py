@@ -1,6 +1,6 @@
 """What is said to a server and what its answers mean, apart from sockets and clocks: both clients run this.
 
-A conversation is a generator. It yields a Request to be sent, and is sent the response or the error of the transport;
+A conversation is a generator. It yields a Request to be sent, and is sent the response or why there is none;
 or it yields seconds to wait. It returns the typed answer.
 """
 
@@ -50,7 +50,7 @@ class Request:
 
 
 Step: TypeAlias = Request | float
-Outcome: TypeAlias = httpx2.Response | httpx2.TransportError | None
+Outcome: TypeAlias = httpx2.Response | httpx2.RequestError | None
 Conversation: TypeAlias = Generator[Step, Outcome, _T]
 
 
@@ -161,6 +161,8 @@ def _user_agent() -> str:
 def _error(request: Request, outcome: Outcome) -> ConnectionFailedError | StatusError:
     if isinstance(outcome, httpx2.Response):
         return _status_error(outcome)
+    if not isinstance(outcome, httpx2.TransportError):  # something answered: a wrong Content-Encoding, redirects
+        raise ResponseError(f"{request.url} gave an answer that can't be read: {outcome}") from outcome
     error: ConnectionFailedError
     if isinstance(outcome, httpx2.TimeoutException):
         error = TimedOutError(f"no answer from {request.url} in time ({type(outcome).__name__})")

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -50,6 +51,7 @@ def test_a_wrong_option_is_a_typed_error(connected: Either, png: Png) -> None:
         (problem(503, "not_ready"), sdk.NotReadyError),
         (httpx2.Response(502, text="<html>bad gateway</html>"), sdk.ServerError),
         (httpx2.Response(301, headers={"location": "https://x/"}), sdk.ResponseError),
+        (httpx2.TooManyRedirects("in a circle"), sdk.ResponseError),
         (httpx2.ConnectError("refused"), sdk.ConnectionFailedError),
         (httpx2.ReadTimeout("slow"), sdk.TimedOutError),
     ],
@@ -69,6 +71,18 @@ def test_another_kind_of_server_is_recognised(scripted: Scripted, body: str, png
 
     with pytest.raises(sdk.ResponseError, match="something else than a resnet-ensemble server"):
         client.classify(png())
+
+
+def test_an_answer_in_another_encoding_than_it_says_is_a_typed_error(make: Callable[..., Either], png: Png) -> None:
+    def answer(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, headers={"Content-Encoding": "gzip"}, stream=httpx2.ByteStream(b"{}"))
+
+    client = make(httpx2.MockTransport(answer), url="http://x")
+
+    for error in client.classify_many([png(), png()]):
+        assert isinstance(error, sdk.ResponseError)
+        assert str(error).startswith("http://x/predict gave an answer that can't be read: ")
+    assert client.ready() is False
 
 
 def test_every_error_is_drawn_in_the_tree() -> None:
