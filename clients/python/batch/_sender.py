@@ -128,11 +128,13 @@ class Sender:
             self._aimd.refused(sent=began, now=time.monotonic())
 
     async def _pause(self, error: ResnetError, attempts: int) -> None:
-        """Wait as long as the server asked for, or a little longer each time; less when draining."""
+        """Wait as long as the server asked for, or a little longer each time; less when draining or out of patience."""
         asked = error.retry_after if isinstance(error, StatusError) else None
         seconds = delay(attempts - 1, asked or None)  # at once, again and again, would drown a busy server
         if not asked:
             seconds = min(seconds, LONGEST_DELAY)
+        if self._silent_since is not None:
+            seconds = min(seconds, self._silent_since + self._patience - time.monotonic())
         try:
             async with asyncio.timeout(seconds):
                 await self._draining.wait()

@@ -130,6 +130,29 @@ def test_a_server_that_hangs_is_not_the_fault_of_thousands_of_pictures(
     assert summary.requests < 4 + 2 * 12
 
 
+def test_a_server_that_asks_to_come_back_much_later_ends_the_job_when_its_patience_does(do: Do) -> None:
+    began = time.monotonic()
+
+    summary = do(lambda _: problem(503, "maintenance", **{"Retry-After": "30"}), patience=0.5)
+
+    assert 0.5 < time.monotonic() - began < 15
+    assert "nothing was answered for 0.5 s; the last error: 503 maintenance" in str(summary.stopped)
+    assert (summary.exit_code, summary.requests <= 2 * 10) == (1, True)
+
+
+def test_a_picture_that_may_come_back_much_later_does_not_end_a_job_that_gets_answers(do: Do, tmp_path: Path) -> None:
+    seen: set[bytes] = set()
+
+    async def predict(content: bytes) -> httpx2.Response:
+        if content == b"picture 5" and content not in seen:
+            seen.add(content)
+            return problem(429, "quota_exceeded", **{"Retry-After": "30"})
+        await asyncio.sleep(0.05)
+        return answered(content)
+
+    assert do(predict, patience=0.5, max_concurrency=2).exit_code == 0
+
+
 def test_a_busy_server_that_says_at_once_is_not_asked_at_once(do: Do, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float | None] = []
     monkeypatch.setattr(sender_module, "delay", lambda retry, seconds: asked.append(seconds) or 0.001)
