@@ -8,6 +8,7 @@ index, classification, `timeout`, compressed bodies. Errors are {"error": "code:
 import asyncio
 import gzip
 import importlib.metadata
+import re
 import time
 import zlib
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ _CONFIG_TYPES = {
     "UINT8": "TYPE_UINT8",
 }
 _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}  # "deflate" means zlib's format: RFC 9110
+_UNWANTED = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*", re.IGNORECASE)  # of an encoding: RFC 9110, 12.4.2
 _STEP = 2**20  # bytes that are decompressed before they are counted
 _WORTH_COMPRESSING = 1024  # bytes
 
@@ -255,7 +257,7 @@ def _accepted(request: Request) -> str | None:
     """An encoding that the client takes and we have."""
     for choice in request.headers.get("accept-encoding", "").split(","):
         name, _, quality = choice.partition(";")
-        if name.strip().lower() in _WINDOW_BITS and quality.replace(" ", "") not in ("q=0", "q=0.0"):
+        if name.strip().lower() in _WINDOW_BITS and not _UNWANTED.fullmatch(quality):
             return name.strip().lower()
     return None
 

@@ -134,6 +134,14 @@ class LimitedHttp(HttpToolsProtocol):
         self._moved = self._before_body = True
         super().on_message_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """Tell what is no HTTP. A request that came whole before it was accepted, and has the last answer."""
+        if self._before_body and self.cycle and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()
+        else:
+            super().send_400_response(msg)
+
     def _unset_keepalive_if_required(self) -> None:
         # A body whose request was refused has as much time as a client has between two requests.
         if self._before_body or self.transport.is_closing() or not self.cycle.response_complete:

@@ -157,6 +157,20 @@ def test_requests_that_do_not_wait_for_answers_are_answered_in_their_order(liste
         assert directly == [200, 200]  # of each three, the first
 
 
+def test_what_is_no_http_does_not_take_the_answer_of_the_request_before(listen: Listen, png: Png) -> None:
+    gate = Gate()
+    with listen(gate) as (url, directly), connect(url) as connection, ThreadPoolExecutor(1) as pool:
+        gate.hold(lambda: pool.submit(connection.sendall, head(len(png())) + png()))
+        connection.sendall(b"xx\r\n\r\n")
+        time.sleep(0.2)
+        gate.open.set()
+
+        answer = received(connection, 1)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in answer.lower()
+        assert directly == [200]
+
+
 @pytest.mark.parametrize(
     ("settings", "header", "code"),
     [({"upload_seconds": 0.3}, "", "slow_upload"), ({}, "X-Request-Timeout: 0.3", "deadline_exceeded")],
