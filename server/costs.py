@@ -54,9 +54,10 @@ def recorded(bundle: Bundle, member: Member, engine: EngineInfo) -> dict[int, fl
 
 
 def measure(engine: Engine, side: int, largest: int | None = None) -> dict[int, float]:
-    """Run an engine on square views: seconds of a run by batch size."""
+    """Run an engine on square views: seconds of a run by batch size. None is larger than SIZES, whatever is allowed."""
     timings: dict[int, list[float]] = {}
-    for size in SIZES if largest is None else sorted({*(size for size in SIZES if size < largest), largest}):
+    largest = SIZES[-1] if largest is None else min(largest, SIZES[-1])
+    for size in sorted({*(size for size in SIZES if size < largest), largest}):
         engine.run(_views(size, side))
         timings[size] = [_seconds(engine, _views(size, side))]
         if timings[size][0] > _LONG_RUN:

@@ -34,7 +34,9 @@ def test_a_limit_on_the_batch_is_between_what_was_timed() -> None:
     assert up_to(1, timings) == {1: 0.1}
 
 
-@pytest.mark.parametrize(("largest", "sizes"), [(None, {1, 10, 40}), (8, {1, 8}), (10, {1, 10}), (1, {1})])
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(None, {1, 10, 40}), (8, {1, 8}), (10, {1, 10}), (1, {1}), (10**9, {1, 10, 40})]
+)
 def test_engines_are_timed_in_batches_that_are_allowed(largest: int | None, sizes: set[int]) -> None:
     timings = measure(FakeEngine(10, seconds_per_view=0.0001), 4, largest)
 
