@@ -18,7 +18,9 @@ SHIPPED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
 class Settings(BaseSettings):
     """Limits are of one server process. An unknown RESNET_ variable or a contradiction stops the start."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
     bundle: Path = SHIPPED_BUNDLE
     """The folder of the bundle to serve."""

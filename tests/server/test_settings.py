@@ -81,3 +81,13 @@ def test_every_setting_is_explained_with_its_default() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
     assert "RESNET_PORT" in explain()
     assert "The TCP port to listen on. [8000]" in explain()
+
+
+@pytest.mark.parametrize("variables", [{"ADMIN_KEY": "a-secret"}, {"ADMIN_KEY": "long-enough-a-secret"}])
+def test_a_wrong_setting_tells_nothing_of_the_key(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in {**variables, "MAX_PENDING_BYTES": "1"}.items():
+        monkeypatch.setenv(f"RESNET_{name}", value)
+
+    with pytest.raises(ValueError, match="validation error") as caught:
+        from_environment()
+    assert "secret" not in str(caught.value)
