@@ -2,8 +2,8 @@
 
 Every image has a rank, a point in time: the oldest deadline goes first. But a deadline further away than the longest
 wait that is accepted counts as that, so that impatient clients are only so much ahead of others; and the later images
-of a request are moved back, so that others have their turn in between. An image goes before everything that arrives so
-much later that its own rank is larger: nobody starves, whatever else arrives.
+of a request are moved back, so that others have their turn in between, as far as the limit of its wait allows. An image
+goes before everything that arrives so much later that its own rank is larger: nobody starves, whatever else arrives.
 """
 
 import math
@@ -30,17 +30,24 @@ class Overloaded(Exception):
         self.retry_after = max(1, math.ceil(predicted - limit))
 
 
-def ranks(now: float, deadline: float, longest_wait: float, images: int, interval: float) -> list[float]:
+def ranks(
+    now: float, deadline: float, longest_wait: float, images: int, seconds: float, others: int, spare: float
+) -> list[float]:
     """The ranks of a request's images, in their order.
 
-    - interval: seconds between two of its images if the requests in progress shared the engines equally
+    - seconds: from one of its images to the next if the engines had nothing else to do
+    - others: requests in progress
+    - spare: seconds that it may wait for those that come later
 
-    The first image competes as the only image of a request would, and each following one as if it had arrived an
-    interval later, though never later than after half of the request's time.
+    The first image competes as the only image of a request would. The following ones rank as if they came when they
+    would be run if all requests shared the engines equally; but with more others than that, as if they came after the
+    spare seconds, or in every second turn if that is later: otherwise a large request would wait for as long as there
+    are new ones. Never later than after half of the request's time.
     """
     left = max(0.0, deadline - now)
     first = now + min(left, longest_wait)
-    return [first + min(i * interval, left / 2) for i in range(images)]
+    alone = [i * seconds for i in range(images)]
+    return [first + min(time + max(time, min(others * time, spare)), left / 2) for time in alone]
 
 
 class Backlog:

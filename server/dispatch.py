@@ -108,24 +108,18 @@ class Dispatcher:
         """Seconds until everything that goes before this rank is done."""
         return self._backlog.before(rank) / self._progress.rate
 
-    def check(self, now: float, deadline: float, images: int, interval: float) -> list[float]:
-        """The ranks of a request's images. Raises Overloaded if the last one would wait too long for others' images.
+    def check(self, now: float, deadline: float) -> None:
+        """Raise Overloaded if an image that came now would not be taken."""
+        self._ranks(now, deadline, 1, 0.0)
+
+    def admit(self, now: float, deadline: float, plan: Plan, rule: StopRule, images: int) -> list[Job]:
+        """Take a request's images, all or none. Raises Overloaded if the last would wait too long for others' images.
 
         Only what was admitted before counts, so an idle server takes a request of any size.
         """
-        given = ranks(now, deadline, self._max_wait, images, interval)
-        predicted = _CAUTION * self.predicted_wait(given[-1])
-        left = max(0.0, deadline - now)
-        if predicted > min(self._max_wait, left):
-            raise Overloaded(predicted, min(self._max_wait, left), "deadline" if left < self._max_wait else "wait")
-        return given
-
-    def admit(self, now: float, deadline: float, plan: Plan, rule: StopRule, images: int) -> list[Job]:
-        """Take a request's images, all or none. Raises Overloaded."""
         decoding = self._decodings[plan.protocol]
         expected = decoding + plan.seconds * self._shares[plan.protocol, rule.name]
-        interval = expected / self._progress.rate * (len(self._requests) + 1)
-        given = self.check(now, deadline, images, interval) if images else []
+        given = self._ranks(now, deadline, images, expected / self._progress.rate) if images else []
         if not self._requests:
             self._progress.begin(now)
         request = next(self._numbers)
@@ -253,6 +247,15 @@ class Dispatcher:
     @property
     def _may_decode(self) -> bool:
         return self._to_decode > 0 and self._held < self._max_bytes
+
+    def _ranks(self, now: float, deadline: float, images: int, seconds: float) -> list[float]:
+        limit = min(self._max_wait, max(0.0, deadline - now))
+        spare = limit / _CAUTION - self.predicted_wait(now + limit)
+        given = ranks(now, deadline, self._max_wait, images, seconds, len(self._requests), spare)
+        predicted = _CAUTION * self.predicted_wait(given[-1])
+        if predicted > limit:
+            raise Overloaded(predicted, limit, "deadline" if limit < self._max_wait else "wait")
+        return given
 
     def _first_undecoded(self) -> Job:
         """There is one."""

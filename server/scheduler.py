@@ -201,7 +201,7 @@ class Scheduler:
 
         An estimate, so it may be of a moment that is just passing: the event loop does not wait for the workers' lock.
         """
-        self._decide.check(time.monotonic(), deadline, 1, 0.0)
+        self._decide.check(time.monotonic(), deadline)
 
     def admit(self, plan: Plan, rule: StopRule, images: int = 1, *, deadline: float) -> list[Job]:
         """Reserve room for a request's images, all or none. Raises Overloaded. `deadline`: of time.monotonic()."""

@@ -7,39 +7,60 @@ from resnet_ensemble.server.admission import Backlog, Mean, Progress, ranks
 TIMES = st.floats(0, 1000)
 
 
+def one(now: float, deadline: float) -> float:
+    (rank,) = ranks(now, deadline, longest_wait=10, images=1, seconds=1, others=3, spare=5)
+    return rank
+
+
 def test_the_oldest_deadline_goes_first() -> None:
-    assert ranks(0, 5, 10, 1, 1) < ranks(1, 7, 10, 1, 1) < ranks(1, 60, 10, 1, 1)
+    assert one(0, 5) < one(1, 7) < one(1, 60)
 
 
 def test_a_short_deadline_is_ahead_by_the_longest_wait_at_most() -> None:
-    patient, impatient = ranks(0, 300, 10, 1, 1), ranks(9.5, 10, 10, 1, 1)
-
-    assert patient == ranks(0, 3000, 10, 1, 1) == [10]
-    assert impatient == [10]
+    assert one(0, 300) == one(0, 3000) == 10
+    assert one(9.5, 10) == 10
 
 
-def test_a_single_image_comes_in_between_those_of_a_large_request() -> None:
-    large, single = ranks(0, 300, 10, 200, 0.1), ranks(2.05, 302.05, 10, 1, 0.1)
+@pytest.mark.parametrize(
+    ("others", "spare", "before"),
+    [(0, 5.0, 11), (1, 5.0, 11), (4, 5.0, 5), (1000, 5.0, 1), (1000, 1.0, 11), (1000, 0.0, 11), (1000, -1.0, 11)],
+)
+def test_a_single_image_comes_in_between_those_of_a_large_request(others: int, spare: float, before: int) -> None:
+    large = ranks(0, 300, 10, images=200, seconds=0.1, others=others, spare=spare)
 
-    assert sum(rank < single[0] for rank in large) == 21
+    assert sum(rank < one(2.05, 302.05) for rank in large) == before
+
+
+def test_a_large_request_lets_others_pass_for_the_spare_time_or_as_long_as_it_takes_itself() -> None:
+    last = [ranks(0, 300, 10, images=101, seconds=s, others=1000, spare=5.0)[-1] - 10 for s in (0.01, 0.04, 0.1)]
+
+    assert last == pytest.approx([1 + 5, 4 + 5, 10 + 10])
 
 
 def test_a_large_request_is_not_held_back_for_more_than_half_of_its_time() -> None:
-    large = ranks(0, 20, 10, 1000, 1)
+    large = ranks(0, 20, 10, images=1000, seconds=1, others=1000, spare=5.0)
 
     assert max(large) == 20
-    assert ranks(10.5, 30, 10, 1, 1) > large[-1:]
+    assert one(10.5, 30) > large[-1]
 
 
-@given(now=TIMES, timeout=TIMES, longest=st.floats(0.1, 100), images=st.integers(0, 50), interval=st.floats(0, 10))
+@given(
+    now=TIMES,
+    timeout=TIMES,
+    longest=st.floats(0.1, 100),
+    images=st.integers(0, 50),
+    seconds=st.floats(0, 10),
+    others=st.integers(0, 5000),
+    spare=st.floats(-10, 100),
+)
 def test_ranks_keep_the_order_of_a_request(
-    now: float, timeout: float, longest: float, images: int, interval: float
+    now: float, timeout: float, longest: float, images: int, seconds: float, others: int, spare: float
 ) -> None:
-    found = ranks(now, now + timeout, longest, images, interval)
+    found = ranks(now, now + timeout, longest, images, seconds, others, spare)
 
     assert len(found) == images
     assert found == sorted(found)
-    assert all(now <= rank for rank in found)
+    assert all(now <= rank <= now + min(timeout, longest) + timeout / 2 + 1e-6 for rank in found)
 
 
 def test_work_is_counted_up_to_a_rank() -> None:
