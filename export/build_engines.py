@@ -316,6 +316,8 @@ def main() -> None:
         sys.exit(f"build_engines: {problem}")
     except OSError as problem:
         sys.exit(f"build_engines: {problem}; nothing is half-written: run it again when this is solved")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as of a command that SIGINT ends
     chosen = {stored.record.member: stored.record.key for stored in best if stored}
     if arguments.json:
         print(build_report.as_json(bundle, rows, chosen, store.choice()))

@@ -24,7 +24,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resnet_ensemble.export import sealed
-from resnet_ensemble.training.files import write_together
+from resnet_ensemble.training.files import read_regular, write_together
 from resnet_ensemble.training.views import ALL_PROTOCOLS, PROTOCOLS, Preprocessing
 
 FORMAT = 1
@@ -157,7 +157,7 @@ class Bundle:
         """Read and validate the manifest. Raises BundleInvalid."""
         file = path / MANIFEST
         try:
-            text = file.read_bytes()
+            text = read_regular(file)
         except (FileNotFoundError, NotADirectoryError):
             raise BundleInvalid(
                 f"no {MANIFEST} in {path}; make a bundle with: python export/to_onnx.py --help"
@@ -187,7 +187,7 @@ class Bundle:
         """The bytes of a member's graph or calibration, or of a golden picture, checked. Raises BundleDamaged."""
         file = self.path / part.file
         try:
-            content = file.read_bytes()
+            content = read_regular(file)
         except FileNotFoundError:
             raise BundleDamaged(f"{file} is missing; {_remedy(self.path)}") from None
         except OSError as error:

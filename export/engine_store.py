@@ -19,7 +19,7 @@ from resnet_ensemble.export import engines, golden, host, sealed
 from resnet_ensemble.export.bundle import Bundle, Member
 from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineBuildError, EngineRunError, Precision
 from resnet_ensemble.export.gate import ERROR_MARGIN, LIMITS
-from resnet_ensemble.training.files import write_together
+from resnet_ensemble.training.files import read_regular, write_together
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class EngineStore:
     def _report(self) -> tuple[dict[str, Record], Choice | None]:
         file = self.folder / REPORT
         try:
-            report = sealed.loads(file.read_bytes())
+            report = sealed.loads(read_regular(file))
             records = {name: Record(**values) for name, values in report["engines"].items()}
             choice = report.get("choice")  # which reports did not have at first
             return records, Choice(**choice) if choice else None
@@ -190,7 +190,7 @@ class EngineStore:
     def _read(self, record: Record) -> Stored | None:
         file = self.folder / record.file
         try:
-            content = file.read_bytes()
+            content = read_regular(file)
         except OSError as error:
             log.warning("%s can't be read (%s), so it is not used; %s", file, error.strerror, REMEDY)
             return None

@@ -5,7 +5,6 @@ more than a limit, and, where labels are given, its error is not higher by more 
 """
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from resnet_ensemble.export import golden
+from resnet_ensemble.export import golden, labelled
 from resnet_ensemble.export.bundle import Bundle, Member
 from resnet_ensemble.export.engines import Engine, Precision
+from resnet_ensemble.export.labelled import SUFFIXES, PictureUnreadable
 from resnet_ensemble.training.views import Preprocessing, make_views
 
 _T = TypeVar("_T")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 MOST_IMAGES = 512
 BATCH = 16
 # INT8 is calibrated on about as many views: of few pictures several each, the centre first, then corners and mirrors
@@ -105,10 +104,9 @@ class Finding:
 def from_folder(folder: Path, seen: Preprocessing, labels: tuple[str, ...]) -> Pictures:
     """Center views of up to 512 pictures of a folder, evenly chosen. Raises CalibrationError.
 
-    Pictures in folders that are named like the bundle's labels, or like ImageNet's (n01440764, ...) if all of those are
-    there, are labelled.
+    They are labelled if all of them are in folders that tell their class (labelled.py).
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = labelled.find(folder, labels)
     if not files:
         raise CalibrationError(f"no pictures in {folder} ({', '.join(SUFFIXES)})")
     chosen = _evenly(files, MOST_IMAGES)
@@ -116,17 +114,19 @@ def from_folder(folder: Path, seen: Preprocessing, labels: tuple[str, ...]) -> P
     digest = hashlib.sha256(f"{each}".encode())
     crops = []  # of each picture (each, h, w, 3), the centre first
     encoded = []
-    for path in chosen:
-        content = path.read_bytes()
+    for picture in chosen:
+        try:
+            content = picture.read()
+        except PictureUnreadable as error:
+            raise CalibrationError(str(error)) from None
         encoded.append(content)
         digest.update(hashlib.sha256(content).digest())
         try:
             image = upright(content)
         except Exception as error:  # noqa: BLE001  # decoders raise almost anything when fed damaged files
-            raise CalibrationError(f"{path} can't be decoded ({error}); remove it from the folder") from None
+            raise CalibrationError(f"{picture.path} can't be decoded ({error}); remove it from the folder") from None
         crops.append(make_views(image, seen, "10crop")[list(CALIBRATION_ORDER[:each])])
-    numbers = _numbers(folder, labels)
-    known = [numbers.get(path.parent.name, -1) for path in chosen]
+    known = [-1 if picture.label is None else picture.label for picture in chosen]
     found = np.array(known) if min(known) >= 0 else None
     digest.update(f"{None if found is None else known}".encode())
     return Pictures(
@@ -146,13 +146,6 @@ def upright(encoded: bytes) -> Image.Image:
 
 def _evenly(items: list[_T], most: int) -> list[_T]:
     return [items[i * len(items) // most] for i in range(most)] if len(items) > most else items
-
-
-def _numbers(folder: Path, labels: tuple[str, ...]) -> dict[str, int]:
-    """The class of each folder of pictures, by its name."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    imagenet = len(names) == len(labels) and all(re.fullmatch(r"n\d{8}", name) for name in names)
-    return {name: i for i, name in enumerate(names if imagenet else labels)}
 
 
 def from_golden(bundle: Bundle, member: Member) -> Pictures:

@@ -22,7 +22,7 @@ import uvicorn
 from resnet_ensemble.server.app import create_app
 from resnet_ensemble.server.direct import DirectHttp
 from resnet_ensemble.server.service import Service
-from resnet_ensemble.server.settings import explain, from_environment
+from resnet_ensemble.server.settings import SettingsError, explain, from_environment
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", module="PIL")
     try:
         settings = from_environment()
-    except ValueError as error:
+    except SettingsError as error:
         print(f"resnet_ensemble.server: {error}", file=sys.stderr)
         return 2
 

@@ -38,17 +38,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from resnet_ensemble.export import engine_store, host
+from resnet_ensemble.export import engine_store, host, labelled
 from resnet_ensemble.export.bundle import Bundle, BundleError
 from resnet_ensemble.export.engines import BackendUnavailable, Engine
-from resnet_ensemble.export.gate import SUFFIXES
+from resnet_ensemble.export.labelled import SUFFIXES, PictureUnreadable
 from resnet_ensemble.server import calibration, images, temperature, thresholds
-from resnet_ensemble.server.calibration import Calibration, Cost, Draft, NotCalibrated, Temperature
+from resnet_ensemble.server.calibration import Calibration, Cost, Draft, Temperature
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.plan import Step
-from resnet_ensemble.server.settings import from_environment
+from resnet_ensemble.server.settings import Settings, SettingsError, from_environment
 from resnet_ensemble.server.thresholds import Answers, Certificate, Drafts, Stops, TooFewImages
 from resnet_ensemble.training import cifar
+from resnet_ensemble.training.files import check_writable
 from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes, largest_side, make_blocks
 
 SEED = 0
@@ -82,20 +83,19 @@ class Pictures:
 
 def find_pictures(folder: Path, labels: tuple[str, ...], max_pixels: int) -> Pictures:
     """A folder's pictures, or CIFAR's validation images. Raises DataError."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if files:
-        numbers = {label: i for i, label in enumerate(labels)}
-        known = np.array([numbers.get(file.parent.name, -1) for file in files])
+    if files := labelled.find(folder, labels):
+        known = [file.label for file in files if file.label is not None]
 
         def decode(index: int, draft: int | None = None) -> Image.Image:
-            with _named(files[index]):
-                return images.decode(files[index].read_bytes(), max_pixels=max_pixels, draft=draft)
+            with _named(files[index].path):
+                return images.decode(files[index].read(), max_pixels=max_pixels, draft=draft)
 
         def drafted(index: int, draft: int) -> bool:
-            with _named(files[index]):
-                return images.is_drafted(files[index].read_bytes(), draft)
+            with _named(files[index].path):
+                return images.is_drafted(files[index].read(), draft)
 
-        return Pictures(folder.name, len(files), decode, known if known.min() >= 0 else None, drafted, decode)
+        found = np.array(known) if len(known) == len(files) else None
+        return Pictures(folder.name, len(files), decode, found, drafted, decode)
     dataset = next((known for known in cifar.DATASETS.values() if known.labels == labels), None)
     if dataset is None:
         raise cifar.DataError(f"no pictures in {folder} ({', '.join(SUFFIXES)})")
@@ -110,6 +110,8 @@ def _named(file: Path) -> Iterator[None]:
         yield
     except ApiError as error:
         raise cifar.DataError(f"{file}: {error}; remove it from the folder") from None
+    except PictureUnreadable as error:
+        raise cifar.DataError(str(error)) from None
 
 
 def steps(members: int, protocol: str) -> list[Step]:
@@ -362,6 +364,12 @@ def _share(text: str) -> float:
     return value
 
 
+def _backend(settings: Settings) -> str | None:
+    if settings.backend == "fake":
+        raise SettingsError("thresholds of the fake backend would mean nothing; set RESNET_BACKEND to another one")
+    return None if settings.backend == "auto" else settings.backend
+
+
 def main() -> None:
     """Parse the command line and calibrate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -377,10 +385,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     try:
         settings = from_environment()
-        backend = None if settings.backend == "auto" else settings.backend
+        backend = _backend(settings)
         bundle = Bundle.open(arguments.bundle)
         protocol = arguments.protocol or bundle.manifest.protocol
-        calibration.read(bundle)  # a damaged file is found before the long part
+        calibration.read(bundle)  # a damaged file is found before the long part, and one that can't be written
+        check_writable(bundle.path / calibration.FILE)
         pictures = find_pictures(arguments.images, bundle.manifest.labels, settings.max_image_pixels)
         engines = [engine_store.open_engine(bundle, member, backend) for member in bundle.manifest.members]
         found = calibrate(
@@ -395,8 +404,10 @@ def main() -> None:
         for engine in engines:
             engine.close()
         calibration.write(bundle, found)
-    except (BundleError, BackendUnavailable, NotCalibrated, TooFewImages, cifar.DataError, ValueError) as problem:
+    except (SettingsError, BundleError, BackendUnavailable, TooFewImages, cifar.DataError, OSError) as problem:
         sys.exit(f"calibrate: {problem}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as of a command that SIGINT ends
     print(report(found))
     if arguments.draft and not found.draft:
         print(

@@ -11,12 +11,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from resnet_ensemble.export.bundle import Bundle, Protocol, Sha256
+from resnet_ensemble.export.bundle import Bundle, BundleInvalid, Protocol, Sha256
 from resnet_ensemble.export.engine_store import EngineStore
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.server.plan import Plan, Step, in_order
 from resnet_ensemble.server.stopping import Calibrated
-from resnet_ensemble.training.files import write_atomically
+from resnet_ensemble.training.files import read_regular, write_atomically
 from resnet_ensemble.training.views import Preprocessing, block_sizes
 
 FILE = "stopping.json"
@@ -184,22 +184,25 @@ def kinds(bundle: Bundle, engines: Sequence[EngineInfo]) -> tuple[EngineKind, ..
 
 
 def read(bundle: Bundle) -> tuple[Calibration, ...]:
-    """Everything in the bundle's stopping.json; nothing if there is none. Raises NotCalibrated for a damaged one."""
+    """Everything in the bundle's stopping.json; nothing if there is none. Raises BundleInvalid for a damaged one."""
     file = f"{FILE} of {bundle.manifest.name}"
+    remedy = f"remove it and run {COMMAND}"
     try:
-        return Calibrations.model_validate(json.loads((bundle.path / FILE).read_bytes())).calibrations
+        return Calibrations.model_validate(json.loads(read_regular(bundle.path / FILE))).calibrations
     except FileNotFoundError:
         return ()
+    except OSError as error:
+        raise BundleInvalid(f"{file} can't be read ({error.strerror})") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "it"
-        raise NotCalibrated(f"{file} is not valid: {where}: {first['msg']}; remove it and run {COMMAND}") from None
+        raise BundleInvalid(f"{file} is not valid: {where}: {first['msg']}; {remedy}") from None
     except ValueError as error:
-        raise NotCalibrated(f"{file} is not JSON ({error}); remove it and run {COMMAND}") from None
+        raise BundleInvalid(f"{file} is not JSON ({error}); {remedy}") from None
 
 
 def find(bundle: Bundle, protocol: str, engines: Sequence[EngineInfo]) -> Calibration:
-    """What was found for this protocol with these weights and engines. Raises NotCalibrated."""
+    """What was found for this protocol with these weights and engines. Raises NotCalibrated, BundleInvalid."""
     wanted = kinds(bundle, engines)
     candidates = [known for known in read(bundle) if known.protocol == protocol]
     for known in candidates:
@@ -216,7 +219,7 @@ def find(bundle: Bundle, protocol: str, engines: Sequence[EngineInfo]) -> Calibr
 def write(bundle: Bundle, found: Calibration) -> None:
     """Add to the bundle's stopping.json, atomically; what was found for the same protocol and engines is replaced.
 
-    Thresholds of other weights are dropped. Raises NotCalibrated if the file that is there is damaged.
+    Thresholds of other weights are dropped. Raises BundleInvalid if the file that is there is damaged.
     """
     hashes = [member.sha256 for member in bundle.manifest.members]
     kept = [

@@ -4,10 +4,11 @@
     python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA --protocol 10crop --stop exact --limit 500
     python -m resnet_ensemble.server.evaluate bundles/cifar10 DATA --record       # and write it into bundle.json
 
-DATA holds CIFAR's official files (`--split val` or `test`), or one folder of images for each label. Prints, for each
-protocol and stop rule, the top-1 error of the ensemble with its 95 % Wilson interval, of how many images the label is
-the one of all views, views used, their multiply-adds, what they cost by the measured seconds of a view, and images per
-second. The errors of each member alone are those of all its views. `--plot` draws error against multiply-adds.
+DATA holds CIFAR's official files (`--split val` or `test`), or one folder of images for each label, or ImageNet's
+folders (n01440764, ...). Prints, for each protocol and stop rule, the top-1 error of the ensemble with its 95 % Wilson
+interval, of how many images the label is the one of all views, views used, their multiply-adds, what they cost by the
+measured seconds of a view, and images per second. The errors of each member alone are those of all its views. `--plot`
+draws error against multiply-adds. RESNET_ variables hold, as for the server.
 """
 
 import argparse
@@ -19,17 +20,21 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from resnet_ensemble.export.bundle import Bundle, BundleError, Measured, write
+from resnet_ensemble.export import labelled
+from resnet_ensemble.export.bundle import MANIFEST, Bundle, BundleError, Measured, write
 from resnet_ensemble.export.engines import BackendUnavailable
-from resnet_ensemble.export.gate import SUFFIXES
+from resnet_ensemble.export.labelled import PictureUnreadable
 from resnet_ensemble.server import ensemble
 from resnet_ensemble.server.calibration import NotCalibrated
 from resnet_ensemble.server.classifier import Classifier, Evaluated, load
@@ -39,23 +44,32 @@ from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.plan import Plan
 from resnet_ensemble.server.schemas import Options
 from resnet_ensemble.server.scores import Score
-from resnet_ensemble.server.settings import Settings
+from resnet_ensemble.server.settings import SettingsError, from_environment
 from resnet_ensemble.server.stopping import CALIBRATED, RULES
 from resnet_ensemble.training import cifar
 from resnet_ensemble.training.accuracy import wilson
-from resnet_ensemble.training.files import write_atomically
+from resnet_ensemble.training.cifar import DataError
+from resnet_ensemble.training.files import check_writable, write_atomically
 from resnet_ensemble.training.views import ALL_PROTOCOLS, block_pixels
 
 IN_FLIGHT = 64
 FULL = "full"
 STOPS = (*RULES, CALIBRATED)
+# What their messages say is all that a user needs.
+_TOLD = (
+    *(SettingsError, BundleError, BackendUnavailable, NotCalibrated),
+    *(DataError, PictureUnreadable, ApiError, OSError),
+)
 
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded picture and its label. `name`: what it is called if it can't be answered."""
+    """A picture and its label. `read` gives it encoded, when its turn comes: 50,000 photographs have 7 GB.
 
-    content: bytes
+    `name`: what it is called if it can't be answered.
+    """
+
+    read: Callable[[], bytes]
     label: int
     name: str = "a picture"
 
@@ -72,22 +86,22 @@ class _Answer:
 
 def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, list[Example]]:
     """The data set's name, and its pictures. Raises DataError."""
-    folders = {label: data / label for label in labels if (data / label).is_dir()}
-    if folders:
-        files = [(file, labels.index(label)) for label, folder in folders.items() for file in _pictures(folder)]
-        if not files:
-            raise cifar.DataError(f"no pictures in the folders {', '.join(folders)} of {data} ({', '.join(SUFFIXES)})")
-        return data.name, [Example(file.read_bytes(), index, str(file)) for file, index in files]
+    pictures = labelled.find(data, labels)
+    examples = [Example(file.read, file.label, str(file.path)) for file in pictures if file.label is not None]
+    unknown = [file.path for file in pictures if file.label is None]
+    if examples and unknown:  # the error of a part of the data would be taken for that of all
+        raise DataError(
+            f"{len(unknown)} of the {len(pictures)} pictures in {data} are in no folder that is named like a label of "
+            f"the bundle; the first is {unknown[0]}"
+        )
+    if examples:
+        return data.name, examples
     dataset = next((known for known in cifar.DATASETS.values() if known.labels == labels), None)
     if dataset is None:
-        raise cifar.DataError(f"no folder in {data} is named like a label of the bundle ({', '.join(labels[:3])}, ...)")
+        raise DataError(f"no folder in {data} is named like a label of the bundle ({', '.join(labels[:3])}, ...)")
     chosen = cifar.read(data, split, dataset)
     pairs = zip(chosen.images, chosen.labels, strict=True)
-    return dataset.title, [Example(_png(Image.fromarray(pixels)), int(label)) for pixels, label in pairs]
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    return dataset.title, [Example(partial(_png, pixels), int(label)) for pixels, label in pairs]
 
 
 def spread(examples: list[Example], limit: int | None) -> list[Example]:
@@ -111,9 +125,10 @@ async def evaluate(
 
     async def run(share: Iterator[tuple[int, Example]]) -> None:
         for place, example in share:
-            (answer,) = await classifier.evaluate([example.content], options, None, _answer)
+            content = await asyncio.to_thread(example.read)
+            (answer,) = await classifier.evaluate([content], options, None, _answer)
             if isinstance(answer, ApiError):
-                raise cifar.DataError(f"{example.name}: {answer}")
+                raise DataError(f"{example.name}: {answer}")
             answers[place] = answer
             progress.update()
 
@@ -243,9 +258,9 @@ def _differing(found: list[int], expected: list[int]) -> float:
     return 100 * sum(a != b for a, b in zip(found, expected, strict=True)) / len(expected)
 
 
-def _png(image: Image.Image) -> bytes:
+def _png(pixels: NDArray[np.uint8]) -> bytes:
     content = io.BytesIO()
-    image.save(content, "PNG")
+    Image.fromarray(pixels).save(content, "PNG")
     return content.getvalue()
 
 
@@ -268,26 +283,34 @@ def main() -> None:
         parser.error(f"--limit {arguments.limit} leaves no image")
     if arguments.record and (arguments.limit is not None or FULL not in stops):
         parser.error("--record is of all images and all views: without --limit, and with --stop full")
+    if arguments.plot and arguments.plot.suffix.lower() != ".png":
+        parser.error(f"--plot writes a PNG; {arguments.plot.name} is named like something else")
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install 'resnet-ensemble[plot]'")
-    # Nobody waits for an answer here, so nothing is refused.
-    settings = Settings(bundle=arguments.bundle, max_wait_seconds=3600)
     try:
-        # Closed whatever happens: a process that ends while its engines run is aborted.
-        with closing(load(settings, Metrics())) as classifier:
-            manifest = classifier.bundle.manifest
-            if arguments.plot and any(member.multiply_adds is None for member in manifest.members):
-                sys.exit(
-                    "evaluate: the bundle does not say its members' multiply-adds, so --plot can't; export it again"
-                )
-            dataset, examples = read(arguments.data, arguments.split, manifest.labels)
-            examples = spread(examples, arguments.limit)
-            protocols = arguments.protocol or list(ALL_PROTOCOLS)
-            if CALIBRATED in (arguments.stop or ()) and not set(protocols) & set(classifier.strategies.calibrations):
-                classifier.strategies.of(protocols[0], CALIBRATED)
-            scores = asyncio.run(evaluate_all(classifier, examples, protocols, stops))
-    except (BundleError, BackendUnavailable, NotCalibrated, cifar.DataError, ApiError) as problem:
+        _run(arguments, stops)
+    except _TOLD as problem:
         sys.exit(f"evaluate: {problem}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as of a command that SIGINT ends
+
+
+def _run(arguments: argparse.Namespace, stops: list[str]) -> None:
+    # Nobody waits for an answer here, so nothing is refused.
+    settings = from_environment().model_copy(update={"bundle": arguments.bundle, "max_wait_seconds": 3600.0})
+    for file in [arguments.plot] * bool(arguments.plot) + [arguments.bundle / MANIFEST] * arguments.record:
+        check_writable(file)  # now, since evaluating may take long
+    # Closed whatever happens: a process that ends while its engines run is aborted.
+    with closing(load(settings, Metrics())) as classifier:
+        manifest = classifier.bundle.manifest
+        if arguments.plot and any(member.multiply_adds is None for member in manifest.members):
+            raise BundleError("the bundle does not say its members' multiply-adds, so --plot can't; export it again")
+        dataset, examples = read(arguments.data, arguments.split, manifest.labels)
+        examples = spread(examples, arguments.limit)
+        protocols = arguments.protocol or list(ALL_PROTOCOLS)
+        if CALIBRATED in (arguments.stop or ()) and not set(protocols) & set(classifier.strategies.calibrations):
+            classifier.strategies.of(protocols[0], CALIBRATED)
+        scores = asyncio.run(evaluate_all(classifier, examples, protocols, stops))
     if arguments.json:
         print(json.dumps([asdict(score) for score in scores], indent=1))
     else:

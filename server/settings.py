@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from resnet_ensemble.export.host import cores
@@ -15,11 +16,15 @@ CLIENT_PREFIX = "RESNET_CLIENT_"  # the SDK's own variables
 SHIPPED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
 
 
+class SettingsError(Exception):
+    """A variable is not known, or its value can't be; the message has no values."""
+
+
 class Settings(BaseSettings):
     """Limits are of one server process. An unknown RESNET_ variable or a contradiction stops the start."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", use_attribute_docstrings=True
     )
 
     bundle: Path = SHIPPED_BUNDLE
@@ -30,7 +35,7 @@ class Settings(BaseSettings):
     """The TCP port to listen on."""
     backend: Literal["auto", "onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt", "fake"] = "auto"
     """What runs the members: the fastest that build_engines found right, one by name, or `fake`, without weights."""
-    streams: int = Field(default_factory=cores, ge=1)
+    streams: int = Field(default_factory=cores, ge=1, le=1024)
     """Engine runs side by side. By default one for each core that this process may use; these keep to their core."""
     max_batch: int | None = Field(default=None, ge=1)
     """Views in one engine run. By default the fewest that have nearly the best throughput, as measured."""
@@ -98,10 +103,19 @@ def explain() -> str:
 
 
 def from_environment() -> Settings:
-    """The settings of this process. Raises ValueError for an unknown variable or a wrong value."""
+    """The settings of this process; an empty variable is none. Raises SettingsError."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
     for name in os.environ:
         upper = name.upper()
         if upper.startswith(PREFIX) and not upper.startswith(CLIENT_PREFIX) and upper not in known:
-            raise ValueError(f"{name} is not a setting; there are {', '.join(sorted(known))}")
-    return Settings()
+            raise SettingsError(f"{name} is not a setting; there are {', '.join(sorted(known))}")
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError("; ".join(_told(wrong) for wrong in error.errors(include_input=False))) from None
+
+
+def _told(wrong: ErrorDetails) -> str:
+    """Without the value, which may be the admin key."""
+    message = wrong["msg"].removeprefix("Value error, ")
+    return f"{PREFIX}{str(wrong['loc'][0]).upper()}: {message}" if wrong["loc"] else message

@@ -27,7 +27,7 @@ class Strategy:
 
 
 class Strategies:
-    """Those of a bundle on certain engines.
+    """Those of a bundle on certain engines. Raises BundleInvalid for a damaged stopping.json.
 
     - engines, costs: of each member
     - calibrations: by protocol, what stopping.json has for these engines

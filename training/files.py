@@ -1,9 +1,35 @@
 """Files that are either whole or absent."""
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+
+def read_regular(path: Path) -> bytes:
+    """A file's content. Raises OSError, too, for what is no file, such as a pipe, which might never end."""
+
+    def at_once(name: str, flags: int) -> int:  # opening a pipe waits for who writes into it, too
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return file.read()
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError if `path` can't be written now: before long work whose result goes there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -281,6 +281,9 @@ def test_a_picture_that_can_t_be_read_is_named(tmp_path: Path, shipped: Bundle) 
 
     with pytest.raises(cifar.DataError, match=r"bad\.jpg: .*remove it"):
         found.decode(0)
+    (tmp_path / "bad.jpg").unlink()
+    with pytest.raises(cifar.DataError, match=r"bad\.jpg can't be read .*; remove it"):
+        found.decode(0)
 
 
 def test_cifar_gives_its_validation_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +371,13 @@ def test_the_command_refuses_with_one_line(bundle: Bundle, folder: Path, monkeyp
     assert not (bundle.path / calibration.FILE).exists()
     (bundle.path / calibration.FILE).write_text("{")
     with pytest.raises(SystemExit, match="is not JSON"):
+        command(monkeypatch, str(bundle.path), str(folder), "--disagreement", "0.05")
+    (bundle.path / calibration.FILE).unlink()
+    (bundle.path / calibration.FILE).mkdir()
+    with pytest.raises(SystemExit, match=r"^calibrate: .*Is a directory"):
+        command(monkeypatch, str(bundle.path), str(folder), "--disagreement", "0.05")
+    monkeypatch.setenv("RESNET_BACKEND", "fake")
+    with pytest.raises(SystemExit, match=r"^calibrate: thresholds of the fake backend would mean nothing"):
         command(monkeypatch, str(bundle.path), str(folder), "--disagreement", "0.05")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.bundle import Bundle, BundleInvalid
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.server import calibration
 from resnet_ensemble.server.calibration import Calibration, Cost, Draft, NotCalibrated
@@ -163,9 +163,9 @@ def test_a_damaged_file_is_refused_and_not_written_over(bundle: Bundle, content:
     file = bundle.path / calibration.FILE
     file.write_text(content)
 
-    with pytest.raises(NotCalibrated, match=f"{reason}.*remove it and run"):
+    with pytest.raises(BundleInvalid, match=f"{reason}.*remove it and run"):
         calibration.find(bundle, "flip", [FP32, FP32])
-    with pytest.raises(NotCalibrated, match=reason):
+    with pytest.raises(BundleInvalid, match=reason):
         calibration.write(bundle, found(bundle))
     assert file.read_text() == content
 

@@ -23,7 +23,7 @@ Png = Callable[..., bytes]
 
 
 def examples_of(*pairs: tuple[bytes, int]) -> list[Example]:
-    return [Example(content, label) for content, label in pairs]
+    return [Example(lambda content=content: content, label) for content, label in pairs]  # type: ignore[misc]
 
 
 def score(pair: Bundle, *pairs: tuple[bytes, int]) -> evaluate.Score:
@@ -80,7 +80,7 @@ def test_views_of_a_whole_picture_cost_as_their_pixels(pair: Bundle) -> None:
 
 
 def test_a_part_of_the_images_has_all_labels() -> None:
-    examples = [Example(b"", label) for label in range(10) for _ in range(7)]
+    examples = [Example(bytes, label) for label in range(10) for _ in range(7)]
 
     assert [example.label for example in evaluate.spread(examples, 10)] == list(range(10))
     assert evaluate.spread(examples, None) == evaluate.spread(examples, 100) == examples
@@ -105,10 +105,12 @@ def test_a_folder_for_each_label_is_read_and_what_is_no_picture_left_alone(
     assert [(example.label, Path(example.name).name) for example in examples] == [(3, "1.png"), (8, "1.png")]
 
 
-def test_folders_without_pictures_are_refused(tmp_path: Path, pair: Bundle) -> None:
-    (tmp_path / "cat").mkdir()
+def test_pictures_whose_label_is_not_known_are_refused(tmp_path: Path, png: Png, pair: Bundle) -> None:
+    for folder in ("cat", "aeroplane"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(png(3))
 
-    with pytest.raises(cifar.DataError, match="no pictures in the folders cat of"):
+    with pytest.raises(cifar.DataError, match=r"1 of the 2 pictures in .* the first is .*aeroplane/1\.png"):
         evaluate.read(tmp_path, "val", pair.manifest.labels)
 
 
@@ -129,6 +131,55 @@ def test_a_picture_that_can_t_be_answered_is_named_and_the_engines_are_closed(
     assert len(closed) == 1
 
 
+def test_a_picture_that_can_t_be_read_is_named(tmp_path: Path, pair: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv("RESNET_BACKEND", "fake")
+    monkeypatch.setattr("sys.argv", ["evaluate", str(pair.path), str(tmp_path), "--protocol", "center"])
+
+    with pytest.raises(SystemExit, match=r"^evaluate: .*gone\.png can't be read"):
+        evaluate.main()
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"), [("BACKEND", "RESNET_BACKEND: Input should be"), ("FOO", "RESNET_FOO is not a setting")]
+)
+def test_a_wrong_setting_is_refused_with_one_line(
+    tmp_path: Path, pair: Bundle, monkeypatch: pytest.MonkeyPatch, variable: str, reason: str
+) -> None:
+    monkeypatch.setenv(f"RESNET_{variable}", "bogus")
+    monkeypatch.setattr("sys.argv", ["evaluate", str(pair.path), str(tmp_path)])
+
+    with pytest.raises(SystemExit, match=f"^evaluate: {reason}"):
+        evaluate.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("plot.pdf", "2"), ("plot.png", r"^evaluate: .*Is a directory: '.*plot\.png'")]
+)
+def test_a_plot_that_could_not_be_written_is_refused_before_anything_is_run(
+    tmp_path: Path, pair: Bundle, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
+    (tmp_path / "plot.png").mkdir()
+    monkeypatch.setattr(evaluate, "load", None)
+    monkeypatch.setattr("sys.argv", ["evaluate", str(pair.path), str(tmp_path), "--plot", str(tmp_path / name)])
+
+    with pytest.raises(SystemExit, match=reason):
+        evaluate.main()
+
+
+def test_an_interrupt_ends_it_quietly(tmp_path: Path, pair: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load", interrupt)
+    monkeypatch.setattr("sys.argv", ["evaluate", str(pair.path), str(tmp_path)])
+
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 130
+
+
 def test_cifar_images_are_encoded_without_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     monkeypatch.setattr(cifar, "read", lambda *_: cifar.Images(images, np.array([1, 2])))
@@ -138,7 +189,7 @@ def test_cifar_images_are_encoded_without_loss(monkeypatch: pytest.MonkeyPatch, 
     from resnet_ensemble.server.images import decode
 
     assert name == "CIFAR-10"
-    decoded = [np.asarray(decode(example.content, max_pixels=2000)) for example in examples]
+    decoded = [np.asarray(decode(example.read(), max_pixels=2000)) for example in examples]
     np.testing.assert_array_equal(np.stack(decoded), images)
 
 

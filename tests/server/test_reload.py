@@ -1,6 +1,7 @@
 """Another bundle takes over while requests are answered, or does not."""
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -159,10 +160,19 @@ def test_one_bundle_is_loaded_at_a_time(bundles: Path) -> None:
         assert first.result().status_code == 200
 
 
-@pytest.mark.parametrize("fault", ["missing", "junk", "engine"])
-def test_a_bundle_that_fails_leaves_the_old_one_and_tells_why(bundles: Path, png: Png, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("missing", "no bundle.json"),
+        ("junk", "bundle.json is not JSON"),
+        ("pipe", "it is no regular file"),
+        ("thresholds", "stopping.json of cifar10 is not JSON"),
+        ("engine", "no room on the device"),
+    ],
+)
+def test_a_bundle_that_fails_leaves_the_old_one_and_tells_why(bundles: Path, png: Png, fault: str, reason: str) -> None:
     def engine(bundle: Bundle, member: Member) -> FakeEngine:
-        if bundle.manifest.version == "next":
+        if (bundle.manifest.version, fault) == ("next", "engine"):
             raise RuntimeError("no room on the device")
         return FakeEngine(10)
 
@@ -170,11 +180,16 @@ def test_a_bundle_that_fails_leaves_the_old_one_and_tells_why(bundles: Path, png
         shutil.rmtree(bundles / "next")
     if fault == "junk":
         (bundles / "next" / "bundle.json").write_text("{")
+    if fault == "thresholds":
+        (bundles / "next" / "stopping.json").write_text("{")
+    if fault == "pipe":
+        (bundles / "next" / "bundle.json").unlink()
+        os.mkfifo(bundles / "next" / "bundle.json")
     with serving(bundles, engine) as client:
         before = client.get("/info").json()["bundle"]
         detail = assert_problem(reload(client, bundle="next"), "bundle_refused")["detail"]
 
-        assert {"missing": "no bundle.json", "junk": "not JSON", "engine": "no room on the device"}[fault] in detail
+        assert reason in detail
         assert client.post("/predict", content=png()).headers["x-bundle"] == before
         assert 'resnet_reloads_total{result="refused"} 1.0' in client.get("/metrics").text
         assert reload(client).status_code == 200  # of what is served

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from resnet_ensemble.server.settings import SHIPPED_BUNDLE, Settings, explain, from_environment
+from resnet_ensemble.server.settings import SHIPPED_BUNDLE, Settings, SettingsError, explain, from_environment
 
 
 def test_the_defaults_serve_the_shipped_bundle_on_this_machine_only() -> None:
@@ -24,7 +24,7 @@ def test_variables_with_the_prefix_are_read(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESNET_PROT", "9001")
 
-    with pytest.raises(ValueError, match=r"RESNET_PROT is not a setting; there are .*RESNET_PORT"):
+    with pytest.raises(SettingsError, match=r"RESNET_PROT is not a setting; there are .*RESNET_PORT"):
         from_environment()
 
 
@@ -40,6 +40,8 @@ def test_the_variables_of_the_sdk_are_left_alone(monkeypatch: pytest.MonkeyPatch
         ("port", "70000"),
         ("port", "http"),
         ("streams", "0"),
+        ("streams", "1000000"),
+        ("admin_key", "short"),
         ("max_wait_seconds", "0"),
         ("max_wait_seconds", "inf"),
         ("engine_timeout_seconds", "inf"),
@@ -52,8 +54,23 @@ def test_the_variables_of_the_sdk_are_left_alone(monkeypatch: pytest.MonkeyPatch
 def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"RESNET_{name.upper()}", value)
 
-    with pytest.raises(ValidationError, match=name):
+    with pytest.raises(SettingsError, match=f"^RESNET_{name.upper()}: [A-Z]"):
         from_environment()
+
+
+def test_every_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESNET_PORT", "http")
+    monkeypatch.setenv("RESNET_STREAMS", "0")
+
+    with pytest.raises(SettingsError, match=r"RESNET_PORT: .*; RESNET_STREAMS: "):
+        from_environment()
+
+
+@pytest.mark.parametrize("name", ["host", "bundle", "reload_from", "admin_key", "port"])
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"RESNET_{name.upper()}", "")
+
+    assert from_environment() == Settings()
 
 
 @pytest.mark.parametrize(
@@ -88,6 +105,6 @@ def test_a_wrong_setting_tells_nothing_of_the_key(monkeypatch: pytest.MonkeyPatc
     for name, value in {**variables, "MAX_PENDING_BYTES": "1"}.items():
         monkeypatch.setenv(f"RESNET_{name}", value)
 
-    with pytest.raises(ValueError, match="validation error") as caught:
+    with pytest.raises(SettingsError, match="RESNET_") as caught:
         from_environment()
     assert "secret" not in str(caught.value)

@@ -74,6 +74,13 @@ def test_other_protocols_and_engines_have_not(calibrated: Bundle) -> None:
     assert Strategies(calibrated, [FAKE, other], COSTS).rules == ("full", "exact")
 
 
+def test_a_damaged_file_is_not_taken_for_none(calibrated: Bundle) -> None:
+    (calibrated.path / "stopping.json").write_text("{")
+
+    with pytest.raises(BundleError, match=r"stopping\.json of cifar10 is not JSON"):
+        Strategies(calibrated, [FAKE, FAKE], COSTS)
+
+
 def test_only_a_temperature_that_helps_is_used(calibrated: Bundle) -> None:
     strategies = Strategies(calibrated, [FAKE, FAKE], COSTS)
 
@@ -187,7 +194,7 @@ def test_only_calibrated_sees_drafts_and_only_where_they_are_certified(
     for engine in engines:
         engine.shown.clear()
     (answer,) = asyncio.run(classifier.classify([content], Options(protocol="flip", stop=stop)))
-    asyncio.run(evaluate.evaluate(classifier, [evaluate.Example(content, 0)], "flip", stop))
+    asyncio.run(evaluate.evaluate(classifier, [evaluate.Example(lambda: content, 0)], "flip", stop))
     classifier.close()
 
     image = images.decode(content, max_pixels=10**6, draft=64 if drafted else None)
@@ -256,7 +263,7 @@ def test_an_engine_of_another_kind_takes_the_thresholds_away(calibrated: Bundle,
 def test_evaluation_has_the_rule_where_there_are_thresholds(calibrated: Bundle, png: Png) -> None:
     classifier = load(Settings(bundle=calibrated.path), Metrics(), lambda *_: Constant(0, 0.1))
     scores = asyncio.run(
-        evaluate.evaluate_all(classifier, [evaluate.Example(png(), 0)], ["center", "flip"], list(evaluate.STOPS))
+        evaluate.evaluate_all(classifier, [evaluate.Example(png, 0)], ["center", "flip"], list(evaluate.STOPS))
     )
     classifier.close()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_ensemble.training.files import write_atomically, write_together
+from resnet_ensemble.training.files import check_writable, read_regular, write_atomically, write_together
 
 
 def test_a_file_is_written_with_its_folder_and_is_readable_by_all(tmp_path: Path) -> None:
@@ -52,3 +52,33 @@ def test_several_files_are_written(tmp_path: Path) -> None:
     write_together({tmp_path / "x" / "a": b"1", tmp_path / "b": b"2"})
 
     assert (tmp_path / "x" / "a").read_bytes() + (tmp_path / "b").read_bytes() == b"12"
+
+
+def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+
+    assert read_regular(tmp_path / "file") == read_regular(tmp_path / "link") == b"content"
+    with pytest.raises(OSError, match=r"it is no regular file: '.*pipe'"):
+        read_regular(tmp_path / "pipe")  # nobody writes into it
+    with pytest.raises(OSError, match="no regular file"):
+        read_regular(Path("/dev/zero"))
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "missing")
+
+
+def test_whether_a_file_could_be_written_is_found_without_writing_it(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+
+    check_writable(tmp_path / "old")
+    check_writable(tmp_path / "deeper" / "new")
+
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["deeper", "old"]
+    assert (tmp_path / "old").read_bytes() == b"old"
+    with pytest.raises(IsADirectoryError):
+        check_writable(tmp_path / "deeper")
+    with pytest.raises(OSError, match=r": '.*old/new'"):
+        check_writable(tmp_path / "old" / "new")
