@@ -15,9 +15,9 @@ from typing import Any, TypeVar, cast
 import httptools
 from starlette.types import Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from resnet_ensemble.server import predict
+from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.exchange import (
     CLIENT_CLOSED_REQUEST,
     REQUEST_ID,
@@ -46,7 +46,7 @@ class DirectHttp(LimitedHttp):
     cycle: Any  # uvicorn's RequestResponseCycle, or ours
 
     def __init__(self, service: Service, **given: Any) -> None:
-        super().__init__(**given)
+        super().__init__(service.metrics, **given)
         self.service = service
         self._own: DirectExchange | None = None  # the last of ours
 
@@ -66,6 +66,13 @@ class DirectHttp(LimitedHttp):
             self._own.take(body)
         else:
             super().take(body)
+
+    def spoil(self, error: ApiError) -> None:
+        if self._own and self.cycle is self._own:
+            self._own.spoil(error)
+            self.flow.pause_reading()
+        else:
+            super().spoil(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._own:
@@ -92,6 +99,7 @@ class DirectExchange:
         self._limit = BodyLimit(self.headers.get(b"content-length", b""), http.service.settings.max_request_bytes)
         self._chunks: deque[bytes] = deque()
         self._reads = True
+        self._spoilt: ApiError | None = None
         self._task = http.loop.create_task(self._answer())
         http.tasks.add(self._task)
         self._task.add_done_callback(http.tasks.discard)
@@ -100,6 +108,8 @@ class DirectExchange:
         """As Exchange has it."""
         self._limit.add(0)
         while not self._chunks:
+            if self._spoilt:
+                raise self._spoilt
             if not self.more_body:
                 return None
             self.message_event.clear()
@@ -118,6 +128,12 @@ class DirectExchange:
         if self._reads:
             self._chunks.append(body)
             self.message_event.set()
+
+    def spoil(self, error: ApiError) -> None:
+        """What comes next of the body can't be read, and nothing after it."""
+        self._spoilt = error
+        self.keep_alive = False
+        self.message_event.set()
 
     def leave(self) -> None:
         """The client has gone."""
@@ -149,13 +165,7 @@ class DirectExchange:
 
     def _write(self, answer: Answer) -> None:
         http = self._http
-        of_server = [b"%b: %b\r\n" % header for header in http.server_state.default_headers]
-        lines = [f"{name}: {value}\r\n" for name, value in answer.headers.items()]
-        if not self.keep_alive:
-            lines.append("connection: close\r\n")
-        own = f"content-length: {len(answer.body)}\r\n{REQUEST_ID}: {self.request_id}\r\n{''.join(lines)}\r\n"
-        http.transport.write(b"".join([STATUS_LINE[answer.status], *of_server, own.encode("latin-1"), answer.body]))
-        http.flush()
+        http.send(answer, self.request_id, last=not self.keep_alive)
         self.response_complete = True
         self._read_no_more()
         if not self.keep_alive:

@@ -6,11 +6,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from resnet_ensemble.server.exchange import REQUEST_ID, BodyLimit, identify
 from resnet_ensemble.server.metrics import Metrics
 
+UNMATCHED = "unmatched"
+
 
 def route(scope: Scope) -> str:
     """What requests are counted by: a path with parameters."""
     found = scope.get("route")
-    return "unmatched" if found is None else found.path
+    return UNMATCHED if found is None else found.path
 
 
 class Envelope:

@@ -40,6 +40,7 @@ KINDS = {
     "bundle_refused": Kind(422, "The bundle can't be served; the one before still is"),
     "invalid_tensor": Kind(422, "A tensor is not what the model takes or gives"),
     "quota_exceeded": Kind(429, "This client has too many images in progress"),
+    "head_too_large": Kind(431, "The request's head has too many bytes"),
     "internal_error": Kind(500, "The server failed"),
     "engine_failure": Kind(500, "A model failed on this image"),
     "overloaded": Kind(503, "The server is busy"),

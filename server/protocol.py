@@ -1,6 +1,7 @@
 """HTTP/1.1 as uvicorn speaks it, but the head of a request, too, may only be so large and take so long.
 
-And with fewer system calls: an answer is written at once, and reading a photograph does not stop half-way.
+What is no request is answered with a problem document, as everything else is. And it takes fewer system calls: an
+answer is written at once, and reading a photograph does not stop half-way.
 """
 
 import asyncio
@@ -9,7 +10,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.protocols.http import httptools_impl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from resnet_ensemble.server.envelope import UNMATCHED
+from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.server.exchange import REQUEST_ID, Answer, identify, refusal
+from resnet_ensemble.server.metrics import Metrics
 
 # httptools has no limit of its own: 100 MB of header lines take 1.6 GB. A browser's longest line is a cookie of 4 KiB.
 MAX_HEAD_BYTES = 64 * 2**10
@@ -77,9 +83,13 @@ class LimitedHttp(HttpToolsProtocol):
 
     _without_end = 0  # bytes of such
     _moved = False  # whether what was read last had a part of a body, or an end
-    _in_head = True
+    _in_head = False
     _before_body = True  # also between two requests
     _timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, metrics: Metrics, **given: Any) -> None:
+        super().__init__(**given)
+        self._metrics = metrics
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         at_once = AtOnce(transport, self.loop, self._linger)
@@ -97,13 +107,16 @@ class LimitedHttp(HttpToolsProtocol):
         if self._before_body:
             end = data.find(b"\r\n\r\n")
             head = data if end < 0 else data[:end]
+            if self._without_end + len(head) > MAX_HEAD_BYTES:
+                self.refuse(ApiError("head_too_large", f"a request's head may have at most {MAX_HEAD_BYTES} bytes"))
+                return
             if _UPGRADE.search(head):
                 data = _UPGRADE.sub(b"\r\nX-Ignored:", head) + data[len(head) :]
         self._moved = False
         super().data_received(data)
         self._without_end = 0 if self._moved else self._without_end + len(data)
         if self._without_end > MAX_HEAD_BYTES:
-            self.transport.abort()
+            self.refuse(ApiError("head_too_large", f"trailers may have at most {MAX_HEAD_BYTES} bytes"))
         elif (self._in_head or self._idle) and self._timer is None:  # most heads arrive whole and need none
             self._wait()
 
@@ -134,13 +147,44 @@ class LimitedHttp(HttpToolsProtocol):
         self._moved = self._before_body = True
         super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
-        """Tell what is no HTTP. A request that came whole before it was accepted, and has the last answer."""
-        if self._before_body and self.cycle and not self.cycle.response_complete:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # it says less
+        """Uvicorn could not read what came."""
+        self.refuse(ApiError("malformed_request", "what came is not HTTP/1.1"))
+
+    def refuse(self, error: ApiError) -> None:
+        """Tell what is no request, and close. One that came whole before it was accepted, and has the last answer."""
+        self._arrived()
+        answered = self.cycle is None or self.cycle.response_complete
+        if not answered and self._before_body:
             self.cycle.keep_alive = False
             self.flow.pause_reading()
+        elif not answered:
+            self.spoil(error)
         else:
-            super().send_400_response(msg)
+            if self._before_body:
+                self._metrics.count("unknown", UNMATCHED, error.kind.status)
+                self._tell(error)
+            self._before_body = False  # what else comes is not wanted, either
+            self.transport.close()
+
+    def spoil(self, error: ApiError) -> None:
+        """The body of the request that is in progress can't be read any further."""
+        self._tell(error)
+        self.transport.close()
+
+    def send(self, answer: Answer, request_id: str, *, last: bool) -> None:
+        """Write an answer. `last`: of this connection."""
+        of_server = [b"%b: %b\r\n" % header for header in self.server_state.default_headers]
+        lines = [f"{name}: {value}\r\n" for name, value in answer.headers.items()]
+        if last:
+            lines.append("connection: close\r\n")
+        own = f"content-length: {len(answer.body)}\r\n{REQUEST_ID}: {request_id}\r\n{''.join(lines)}\r\n"
+        self.transport.write(b"".join([STATUS_LINE[answer.status], *of_server, own.encode("latin-1"), answer.body]))
+        self.flush()
+
+    def _tell(self, error: ApiError) -> None:
+        request_id = identify(b"")
+        self.send(refusal(error, request_id, self._metrics), request_id, last=True)
 
     def _unset_keepalive_if_required(self) -> None:
         # A body whose request was refused has as much time as a client has between two requests.
@@ -154,7 +198,13 @@ class LimitedHttp(HttpToolsProtocol):
         return self._before_body and answered and self.timeout_keep_alive_task is None
 
     def _wait(self) -> None:
-        self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        if self._in_head:
+            self.refuse(ApiError("slow_upload", f"the request's head did not arrive within {HEAD_SECONDS:g} s"))
+        else:
+            self.transport.abort()
 
     def _arrived(self) -> None:
         self._in_head = False

@@ -22,6 +22,7 @@ from resnet_ensemble.server import direct, predict
 from resnet_ensemble.server.app import create_app
 from resnet_ensemble.server.direct import DirectHttp
 from resnet_ensemble.server.metrics import Metrics
+from resnet_ensemble.server.protocol import MAX_HEAD_BYTES
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import Settings
 from tests.server.test_process import wait_for, wait_until_ready
@@ -169,6 +170,71 @@ def test_what_is_no_http_does_not_take_the_answer_of_the_request_before(listen: 
         assert answer.startswith(b"HTTP/1.1 200")
         assert b"connection: close" in answer.lower()
         assert directly == [200]
+
+
+def last_answer(connection: socket.socket) -> httpx2.Response:
+    """What comes until the end of the connection: one answer."""
+    data = b""
+    while chunk := connection.recv(2**16):
+        data += chunk
+    lines, body = data.split(b"\r\n\r\n")
+    status, *headers = lines.decode().split("\r\n")
+    return httpx2.Response(int(status.split()[1]), headers=[tuple(line.split(": ")) for line in headers], content=body)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"\x16\x03\x01\x02\x00\x01\x00", b"FOO / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"\x00"],
+    ids=["TLS", "method", "header", "zero"],
+)
+def test_what_is_no_http_is_a_problem_that_is_counted(listen: Listen, junk: bytes) -> None:
+    with listen() as (url, _):
+        with connect(url) as connection:
+            connection.sendall(junk)
+            assert_problem(last_answer(connection), "malformed_request")
+        measured = httpx2.get(f"{url}/metrics").text
+        assert 'resnet_requests_total{method="unknown",route="unmatched",status="400"} 1.0' in measured
+        assert 'resnet_errors_total{code="malformed_request"} 1.0' in measured
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 1000], ids=["whole", "in pieces"])
+def test_a_head_may_only_be_so_large_however_it_comes(listen: Listen, piece: int) -> None:
+    begin, end = b"GET /livez HTTP/1.1\r\nHost: x\r\nCookie: ", b"\r\n\r\n"
+    with listen() as (url, _):
+        for size, status in ((MAX_HEAD_BYTES, 200), (MAX_HEAD_BYTES + 1, 431)):
+            with connect(url) as connection:
+                request = begin + b"a" * (size - len(begin)) + end
+                for start in range(0, len(request), piece):
+                    connection.sendall(request[start : start + piece])
+                    time.sleep(0.002)
+                if status == 200:
+                    assert received(connection, 1).startswith(b"HTTP/1.1 200")
+                else:
+                    assert_problem(last_answer(connection), "head_too_large")
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/cifar10/infer"])
+def test_a_body_that_can_t_be_read_any_further_is_a_problem(listen: Listen, path: str) -> None:
+    start = f"POST {path} HTTP/1.1\r\nHost: x\r\nX-Request-ID: mine\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+    with listen() as (url, directly):
+        with connect(url) as connection:
+            connection.sendall(start.encode())
+            time.sleep(0.1)
+            connection.sendall(b"no length\r\n")
+            answer = last_answer(connection)
+        assert_problem(answer, "malformed_request")
+        if path == predict.PATH:
+            assert (answer.headers["x-request-id"], directly) == ("mine", [400])
+            assert 'route="/predict",status="400"} 1.0' in httpx2.get(f"{url}/metrics").text
+
+
+def test_a_refusal_is_not_followed_by_another_one_of_its_body(listen: Listen, png: Png) -> None:
+    with listen(max_request_bytes=2, max_image_bytes=1) as (url, _), connect(url) as connection:
+        chunked = head(0, "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
+        connection.sendall(chunked + b"3\r\nabc\r\n")
+        received(connection, 1)
+        connection.sendall(b"no length\r\n")
+        assert connection.recv(100) == b""
 
 
 @pytest.mark.parametrize(
