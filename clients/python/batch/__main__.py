@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             _preview(job)
             return 0
         summary = run(job, on_progress=show.progress, tell=show.tell)
-    except (OutputError, InputError, MissingExtraError, BundleUnusableError, ResnetError) as error:
+    except (OutputError, InputError, MissingExtraError, BundleUnusableError, ResnetError, OSError) as error:
         show.tell(f"{error}")
         return 2
     except KeyboardInterrupt:

@@ -357,15 +357,18 @@ def _as_os_error(path: str, error: Exception) -> OSError:
 
 
 def _walk(
-    folder: str, sort: bool, depth: int | None = None, above: frozenset[tuple[int, int]] = frozenset()
+    folder: str,
+    sort: bool,
+    enters: Callable[[str], bool] = lambda _: True,
+    above: frozenset[tuple[int, int]] = frozenset(),
 ) -> Iterator[Item]:
     """The files of a folder and of those in it, and folders that can't be read; what is hidden is left out.
 
-    - depth: 1 for the folder alone, 2 with those in it; None for all of them
+    - enters: whether a folder in it is read; what a store has is not asked
     - above: device and inode of the folders that it is in; a link to one of them leads nowhere new
     """
     if "://" in folder:
-        yield from _walk_remote(folder, sort, depth)
+        yield from _walk_remote(folder, sort, None)
         return
     try:
         status, entries = Path(folder).stat(), os.scandir(folder)
@@ -382,8 +385,8 @@ def _walk(
             path = f"{folder.rstrip('/')}/{name}"
             if not name.endswith("/"):
                 yield Item(printable(path), path)
-            elif depth is None or depth > 1:
-                yield from _walk(path[:-1], sort, depth and depth - 1, above | {identity})
+            elif enters(path[:-1]):
+                yield from _walk(path[:-1], sort, enters, above | {identity})
 
 
 def _named(entry: os.DirEntry[str]) -> str:
@@ -423,8 +426,11 @@ def _matching(pattern: str, sort: bool) -> Iterator[Item]:
     if "://" in folder:  # as the driver writes it: memory://a is memory:///a
         system, root = _driver(folder)
         prefix = f"{system.unstrip_protocol(root).rstrip('/')}/"
-    depth = None if "**" in parts else len(parts)
-    for item in _walk(folder.rstrip("/") or ("/" if folder else "."), sort, depth):
+        found = _walk_remote(folder.rstrip("/"), sort, None if "**" in parts else len(parts))
+    else:
+        begin = folder.rstrip("/") or ("/" if folder else ".")
+        found = _walk(begin, sort, lambda path: may_hold(path.removeprefix(prefix).split("/"), parts))
+    for item in found:
         if item.problem is None and not matches(item.path.removeprefix(prefix).split("/"), parts):
             continue
         path = item.path if folder else item.path.removeprefix("./")
@@ -438,3 +444,10 @@ def matches(path: list[str], pattern: list[str]) -> bool:
     if pattern[0] == "**":
         return any(matches(path[skipped:], pattern[1:]) for skipped in range(len(path) + 1))
     return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and matches(path[1:], pattern[1:])
+
+
+def may_hold(path: list[str], pattern: list[str]) -> bool:
+    """Whether something in the folder with these parts, or in those in it, can match a pattern."""
+    if not path or not pattern or pattern[0] == "**":
+        return bool(pattern)
+    return fnmatch.fnmatchcase(path[0], pattern[0]) and may_hold(path[1:], pattern[1:])

@@ -1,6 +1,7 @@
 """The command resnet-batch, against the real server in its own process and against the bundle in this one."""
 
 import asyncio
+import errno
 import io
 import os
 import random
@@ -89,6 +90,18 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     told = capsys.readouterr().out
     assert "a run takes these 20 rows away and begins again" in told
     assert "60 inputs, 0 of them with a row already or named twice; 60 to do" in told
+
+
+def test_a_folder_that_fails_while_it_is_listed_is_told(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(photos))
+
+    monkeypatch.setattr("resnet_ensemble.client.batch._inputs._named", fail)
+
+    assert main([str(photos), "-o", str(tmp_path / "rows"), "--dry-run"]) == 2
+    assert "Input/output error" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import importlib
+import itertools
 import os
 import sys
 import tarfile
@@ -15,9 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from resnet_ensemble.client.batch import Columns, InputError, MissingExtraError
-from resnet_ensemble.client.batch._inputs import Inputs, Item, matches
+from resnet_ensemble.client.batch._inputs import Inputs, Item, matches, may_hold
 from resnet_ensemble.client.batch._rows import printable
 from resnet_ensemble.client.batch._selection import Seen, sampled
 
@@ -95,6 +98,10 @@ def test_folders_that_a_pattern_can_not_reach_are_not_entered(folder: Path, monk
     assert entered == ["."]
     assert ids("*/*.PNG") == ["b/c.PNG"]
     assert sorted(entered) == [".", ".", "./b"]
+    (folder / "other" / "d").mkdir(parents=True)
+    entered.clear()
+    assert ids("[bc]/*/*.jpeg") == ["b/d/e.jpeg"]
+    assert entered == [".", "./b", "./b/d"]
 
     memory = fsspec.filesystem("memory")
     memory.pipe({"/far/a.jpg": b"A", "/far/in/b.jpg": b"B"})
@@ -195,6 +202,16 @@ def test_compressed_lists(folder: Path, name: str, content: str) -> None:
 )
 def test_a_star_stays_within_a_name_and_two_do_not(path: str, pattern: str, whether: bool) -> None:
     assert matches(path.split("/"), pattern.split("/")) is whether
+
+
+NAMES = st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=3)
+
+
+@given(path=NAMES, pattern=st.lists(st.sampled_from(["a", "*", "?", "a*", "**"]), min_size=1, max_size=4))
+def test_a_folder_may_hold_what_matches_exactly_if_something_in_it_can(path: list[str], pattern: list[str]) -> None:
+    held = [rest for size in range(1, 4) for rest in itertools.product(["a", "b", "ab"], repeat=size)]
+
+    assert may_hold(path, pattern) == any(matches([*path, *rest], pattern) for rest in held)
 
 
 def test_lists_of_paths(folder: Path) -> None:
