@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,14 +23,13 @@ from benchmarks.contestants import (
     LITSERVE,
     LITSERVE_SINGLE,
     NAIVE,
-    NAIVE_SAME,
     ONE,
-    QUICK_WORKLOADS,
     SINGLE,
     WORKLOADS,
     Server,
     Workload,
 )
+from benchmarks.extent import Extent
 from benchmarks.jobs import Processes, Worker
 from benchmarks.load import poisson
 from benchmarks.summary import (
@@ -67,50 +65,6 @@ _SAMPLE_SECONDS = 0.2
 _WITH_ENSEMBLES = (NAIVE, LITSERVE)  # peers that serve all members, too: one of each kind
 
 _P = TypeVar("_P", bound=Processes)
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much is measured. Times in s, shares of the capacity.
-
-    - rounds, seconds: of closed loops, of each cell in each round
-    - parts: into which a round of single views is divided, each with every cell: their claims are about a few percent,
-      and machines drift within a minute
-    - of_peers: the workloads that other servers have, too
-    """
-
-    rounds: int
-    seconds: float
-    parts: int = 4
-    clients: tuple[int, ...] = (1, 8, 32)
-    shares: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2)
-    open_rounds: int = 3
-    open_seconds: float = 5.0
-    sustained_seconds: float = 60.0
-    overload_share: float = 3.0
-    overload_seconds: float = 15.0
-    limit: float = 1.0  # of the wait, under overload
-    workloads: tuple[str, ...] = tuple(workload.name for workload in WORKLOADS)
-    peers: tuple[str, ...] = (NAIVE, NAIVE_SAME, LITSERVE, LITSERVE_SINGLE)
-    of_peers: tuple[str, ...] = (*SINGLE, FULL)
-
-
-# Whether everything works, in as little time as possible.
-QUICK = Extent(
-    rounds=1,
-    seconds=0.1,
-    parts=1,
-    clients=(1, 8),
-    shares=(0.5, 1.2),
-    open_rounds=1,
-    open_seconds=0.2,
-    sustained_seconds=0.2,
-    overload_seconds=0.5,
-    limit=0.2,
-    workloads=QUICK_WORKLOADS,
-    peers=(NAIVE,),
-    of_peers=(CENTER,),
-)
 
 
 class Benchmark:
@@ -181,26 +135,34 @@ class Benchmark:
         for number in tqdm(range(extent.open_rounds), "open loops", disable=None):
             for i, share in random.Random(number).sample(list(parts), len(parts)):  # noqa: S311
                 rate = share * self._capacity
-                parts[i, share].append(self._open_http(servers[i], rate, extent.open_seconds, seed=number))
-        return [open_loop(servers[i].name, share, share * self._capacity, found) for (i, share), found in parts.items()]
+                parts[i, share].append(self._open_http(servers[i], CENTER, rate, extent.open_seconds, seed=number))
+        return [
+            open_loop(CENTER, servers[i].name, share, share * self._capacity, found)
+            for (i, share), found in parts.items()
+        ]
 
     def run_sustained(self) -> list[OpenLoop]:
-        """Four fifths of our capacity, for long: at even intervals, at random, and what a perfect queue would do.
+        """Four fifths of our capacity, for long: a single view of one member, and ten crops of all."""
+        return [found for name in (CENTER, FULL) for found in self._sustained(name)]
+
+    def _sustained(self, workload: str) -> list[OpenLoop]:
+        """At even intervals, at random, and what a perfect queue would do.
 
         The capacity is measured just before each: machines drift, and what is above it makes every queue grow.
         """
-        server, seconds, cores = self._ours[ONE], self._extent.sustained_seconds, host.cores()
-        path, most = self._path(CENTER), max(self._extent.clients)
+        server, seconds, cores = self._server(workload), self._extent.sustained_seconds, host.cores()
+        path, most = self._path(workload), max(self._extent.clients)
         found = []
         for name in (EVEN, RANDOM):
             rounds = [self._closed_http(server, path, most, self._extent.seconds) for _ in range(_CAPACITY_ROUNDS)]
             capacity = median(rounds).rate
             rate = _SUSTAINED * capacity
-            parts = {name: self._open_http(server, rate, seconds, even=name == EVEN)}
+            parts = {name: self._open_http(server, workload, rate, seconds, even=name == EVEN)}
             if name == RANDOM:
                 perfect = queued(poisson(rate, seconds, seed=0), cores / capacity, cores)
                 parts[PERFECT] = {"answers": {"seconds": perfect, "status": [OK] * len(perfect)}, "late": [0.0]}
-            found += [open_loop(f"{what}, {seconds:g} s", _SUSTAINED, rate, [part]) for what, part in parts.items()]
+            for what, part in parts.items():
+                found.append(open_loop(workload, f"{what}, {seconds:g} s", _SUSTAINED, rate, [part]))
         return found
 
     def run_overload(self) -> Overload:
@@ -245,6 +207,9 @@ class Benchmark:
 
     def _path(self, workload: str) -> str:
         return next(w.path for w in self.workloads if w.name == workload)
+
+    def _server(self, workload: str) -> Server:
+        return next(self._ours[w.bundle] for w in self.workloads if w.name == workload)
 
     def _worker(self, bundle: str, sent: Path) -> Worker:
         log = self._folder / f"inprocess-{bundle.replace(' ', '-')}.log"
@@ -367,13 +332,13 @@ class Benchmark:
             return closed_round(answer, server.cpu_seconds() - before, server.resident_bytes())
 
     def _open_http(
-        self, server: Server, rate: float, seconds: float, *, seed: int = 0, even: bool = False
+        self, server: Server, workload: str, rate: float, seconds: float, *, seed: int = 0, even: bool = False
     ) -> dict[str, Any]:
         with _awake(server):
-            alone = self.closed.get(Cell(CENTER, server.name, 1))
+            alone = self.closed.get(Cell(workload, server.name, 1))
             return self._ask(
                 server,
-                self._path(CENTER),
+                self._path(workload),
                 rate=rate,
                 seconds=seconds,
                 seed=seed,

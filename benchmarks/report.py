@@ -127,6 +127,7 @@ def open_table(found: Sequence[OpenLoop]) -> str:
     """One row a system and rate."""
     rows = [
         (
+            one.workload,
             one.system,
             f"{one.share:g}",
             number(one.rate, 1),
@@ -137,7 +138,7 @@ def open_table(found: Sequence[OpenLoop]) -> str:
         )
         for one in found
     ]
-    heads = ("system", "share", "arrivals/s", "n", "p50 ms", "p99 ms", "errors %", "sent late, p99 ms")
+    heads = ("workload", "system", "share", "arrivals/s", "n", "p50 ms", "p99 ms", "errors %", "sent late, p99 ms")
     return table(heads, rows)
 
 

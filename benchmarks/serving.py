@@ -36,8 +36,9 @@ from pathlib import Path
 
 from benchmarks import acceptance, report
 from benchmarks.contestants import CENTER, EVERY, EXACT, FULL, SINGLE
+from benchmarks.extent import QUICK, Extent
 from benchmarks.jobs import ROOT, kill_children, machine_busy_seconds
-from benchmarks.measure import QUICK, Benchmark, Extent
+from benchmarks.measure import Benchmark
 from benchmarks.report import Results
 from resnet_ensemble.export import host
 from resnet_ensemble.export.bundle import Bundle
@@ -84,7 +85,7 @@ def measure(bundle: Path, images: Path | None, peers: str, extent: Extent) -> Re
                 least=acceptance.EXACT_CIFAR10 if opened.manifest.name == _CIFAR10 else acceptance.EXACT,
             ),
             acceptance.of_fastest(benchmark.closed, FULL, ensembles),
-            *acceptance.of_sustained(sustained, benchmark.closed, CENTER),
+            *acceptance.of_sustained(sustained, benchmark.closed),
             *acceptance.of_overload(overloaded),
         ]
         return Results(

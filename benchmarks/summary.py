@@ -51,6 +51,7 @@ class OpenLoop:
     - late: the 99th percentile of how late the load generator was itself
     """
 
+    workload: str
     system: str
     share: float
     rate: float
@@ -130,12 +131,13 @@ def queued(arrivals: Sequence[float], service: float, servers: int) -> list[floa
     return latencies
 
 
-def open_loop(system: str, share: float, rate: float, parts: Sequence[Mapping[str, Any]]) -> OpenLoop:
+def open_loop(workload: str, system: str, share: float, rate: float, parts: Sequence[Mapping[str, Any]]) -> OpenLoop:
     """All rounds of one rate together."""
     good = [seconds for part in parts for seconds in _seconds_of(part["answers"], OK)]
     sent = sum(len(part["answers"]["status"]) for part in parts)
     late = [seconds for part in parts for seconds in part["late"]]
     return OpenLoop(
+        workload=workload,
         system=system,
         share=share,
         rate=rate,

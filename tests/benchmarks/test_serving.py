@@ -101,7 +101,11 @@ def test_the_quick_mode_measures_everything_once(root: Path, tmp_path: Path) -> 
         assert only["errors"] == 0
     assert {one["system"] for one in content["open"]} == {"this server", "naive server"}
     assert {one["share"] for one in content["sustained"]} == {0.8}
-    assert [one["system"].split(",")[0] for one in content["sustained"]] == [*2 * ["this server"], "a perfect queue"]
+    assert [(one["workload"], one["system"].split(",")[0]) for one in content["sustained"]] == [
+        (workload, system)
+        for workload in (center, "10crop full, FP32")
+        for system in ("this server", "this server", "a perfect queue")
+    ]
     assert content["overload"]["accepted"] > 0
     assert content["ceiling"].keys() == {"1", "8"}
     assert (tmp_path / "serving-cifar10.png").read_bytes().startswith(b"\x89PNG")

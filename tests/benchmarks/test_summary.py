@@ -72,7 +72,7 @@ def test_the_rounds_of_an_open_loop_are_one_sample() -> None:
         {"answers": answers((0.3, 200), (5.0, 0)), "late": [0.002, 0.003]},
     ]
 
-    found = open_loop("x", 0.5, 10.0, parts)
+    found = open_loop(CENTER, "x", 0.5, 10.0, parts)
 
     assert (found.requests, found.p50, found.p99, found.errors, found.late) == (4, 0.2, 0.3, 0.25, 0.003)
 
@@ -117,9 +117,9 @@ def test_the_fastest_configuration_is_found() -> None:
 
 @pytest.mark.parametrize(("p99", "errors", "holds"), [(0.2, 0.0, True), (0.21, 0.0, False), (0.1, 0.01, False)])
 def test_sustained_load_needs_a_short_tail_and_no_error(p99: float, errors: float, holds: bool) -> None:
-    sustained = OpenLoop(OURS, 0.8, 10, 600, 0.05, p99, errors, 0.0)
+    sustained = OpenLoop(CENTER, OURS, 0.8, 10, 600, 0.05, p99, errors, 0.0)
 
-    (check,) = acceptance.of_sustained([sustained], {Cell(CENTER, OURS, 1): rounds(100)}, CENTER)
+    (check,) = acceptance.of_sustained([sustained], {Cell(CENTER, OURS, 1): rounds(100)})
 
     assert check.holds is holds
 
@@ -174,8 +174,8 @@ def results() -> Results:
         Cell("10crop full", OURS, 8): rounds(10),
     }
     opens = [
-        OpenLoop(OURS, 0.5, 46.5, 100, 0.01, 0.02, 0.0, 0.001),
-        OpenLoop(OURS, 9, 900, 0, math.nan, math.nan, 1, 0),
+        OpenLoop(CENTER, OURS, 0.5, 46.5, 100, 0.01, 0.02, 0.0, 0.001),
+        OpenLoop(CENTER, OURS, 9, 900, 0, math.nan, math.nan, 1, 0),
     ]
     checks = [Check("a claim", "0.93", True), Check("another", "0.1", False), Check("a third", "not measured", None)]
     return Results(
