@@ -239,17 +239,28 @@ def test_the_cpu_s_onnx_runtime_is_not_taken_for_the_gpu_s(cudart: Cudart) -> No
         onnx_runtime_cuda.precisions()
 
 
-class Session:
-    """A session that says what it runs on. It runs on the CPU."""
+SHAPES = frozenset({"Shape", "Range", "Min", "Clip"})  # what works out sizes, on the CPU
 
-    def __init__(self, used: str) -> None:
+
+class Session:
+    """A session that says what it runs on, `left` on the CPU. It runs on the CPU."""
+
+    def __init__(self, used: str, left: frozenset[str] = SHAPES) -> None:
         self.used = used
+        self.left = left
 
     def __call__(self, graph: bytes, options: Any, providers: Any) -> Any:
         assert providers[0][0] == "CUDAExecutionProvider"
-        assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
-        self.session = SESSION(graph, providers=["CPUExecutionProvider"])
+        self.session = SESSION(graph, options, providers=["CPUExecutionProvider"])
         return self
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        return [
+            SimpleNamespace(ep_name=providers[node.op_type in self.left], get_nodes=lambda node=node: [node])
+            for part in self.session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+            for providers in [self.get_providers()]
+        ]
 
     def get_providers(self) -> list[str]:
         return [self.used, "CPUExecutionProvider"]
@@ -268,6 +279,16 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session("CPUExecutionProvider"))
 
     with pytest.raises(EngineLoadError, match="instead of CUDAExecutionProvider on Fake GPU"):
+        onnx_runtime_cuda.load(graph, "fp32")
+
+
+def test_a_session_that_leaves_a_layer_on_the_cpu_is_refused(
+    cudart: Cudart, pair: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = pair.read(pair.manifest.members[0])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session("CUDAExecutionProvider", SHAPES | {"Conv", "Relu"}))
+
+    with pytest.raises(EngineLoadError, match="runs Conv, Relu on the CPU, not on Fake GPU"):
         onnx_runtime_cuda.load(graph, "fp32")
 
 
