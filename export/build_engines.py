@@ -59,6 +59,7 @@ from resnet_ensemble.export.engines import (
     Precision,
     tensorrt_profiles,
 )
+from resnet_ensemble.export.engines.gpu import has_driver
 from resnet_ensemble.export.gate import CalibrationError, Pictures
 from resnet_ensemble.export.precisions import float8
 from resnet_ensemble.export.quantize import Calibration
@@ -96,8 +97,8 @@ class Workshop:
             else:
                 self._calibration = quantize.calibrate(
                     self.bundle.read(self.member),
-                    list(gate.batches(self.pictures.calibration)),
-                    images=len(self.pictures.views),
+                    gate.calibration_batches(self.pictures.calibration),
+                    images=self.pictures.count,
                 )
         return self._calibration
 
@@ -108,7 +109,7 @@ class Workshop:
             graph = self.bundle.read(self.member)
             engine = backend.load(backend.compile(graph, "fp32", self.member.preprocessing), "fp32")
             golden.check(engine, self.bundle, self.member, allowed=tolerance(self.bundle, "fp32"))
-            self._reference = gate.answers(engine, self.pictures.views)
+            self._reference = gate.answers(engine, self.pictures)
             engine.close()
         return self._reference
 
@@ -126,7 +127,7 @@ class Workshop:
         seconds = time.monotonic() - began
         calibration = (self.calibration_identity or "") if precision in CALIBRATED else ""
         try:
-            finding = gate.compare(gate.answers(engine, self.pictures.views), self.reference(), self.pictures.labels)
+            finding = gate.examine(engine, self.pictures, self.reference())
             difference, _ = golden.difference(engine, self.bundle, self.member)
             verdict = finding.verdict(gate.LIMITS[precision])
             if verdict == "passed" and difference > tolerance(self.bundle, precision):
@@ -147,6 +148,8 @@ class Workshop:
                 gate_views=finding.views,
                 agreement=finding.agreement,
                 difference=finding.difference,
+                correlation=finding.correlation,
+                unsteadiness=finding.unsteadiness,
                 error=finding.error,
                 reference_error=finding.reference_error,
                 views_per_second={str(n): rate(engine, self.member.preprocessing.crop, n) for n in TIMED_BATCHES},
@@ -182,7 +185,7 @@ def build_all(
     """Every engine of this host, built or reused. Raises BundleError, CalibrationError, BackendUnavailable."""
     bundle.verify()
     store = EngineStore(bundle)
-    variants = [(b, p) for b, p in engines.available(device) if precisions is None or p in precisions]
+    variants = _variants(device, precisions)
     rows: list[Row] = []
     pictures = _pictures(bundle, calibration)
     with nullcontext() if dry_run else store.building():
@@ -195,6 +198,18 @@ def build_all(
         if len(bundle.manifest.members) > 1 and not dry_run:
             choose(store, pictures, given=calibration is not None)
     return rows
+
+
+def _variants(device: Device, precisions: list[Precision] | None) -> list[tuple[str, Precision]]:
+    found = engines.available(device)
+    if device == "auto" and has_driver():
+        for reason in engines.unavailable("cuda"):
+            print(f"build_engines: not built for the GPU: {reason}", file=sys.stderr)
+    wanted = [(backend, precision) for backend, precision in found if precisions is None or precision in precisions]
+    if not wanted:
+        known = ", ".join(f"{backend} {precision}" for backend, precision in found)
+        raise engines.BackendUnavailable(f"nothing here computes in {', '.join(precisions or ())}; there are {known}")
+    return wanted
 
 
 def _pictures(bundle: Bundle, calibration: Path | None) -> dict[str, Pictures]:
@@ -323,7 +338,8 @@ def main() -> None:
         print(build_report.as_json(bundle, rows, chosen, store.choice()))
     else:
         print(build_report.table(rows, set(chosen.values())))
-        if choice := store.choice():
+        choice = store.choice()
+        if choice and not any(row.note == "would be built" for row in rows):
             print(build_report.told(choice))
         print(build_report.summary(bundle, rows, store, dry_run=arguments.dry_run))
         if arguments.triton:

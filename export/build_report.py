@@ -82,5 +82,5 @@ def summary(bundle: Bundle, rows: Sequence[Row], store: EngineStore, *, dry_run:
     failed = sum(row.note.startswith("failed") for row in rows)
     counts = f"{built or 'no'} engines {'to build' if dry_run else 'built'}, {reused} reused"
     counts += f", {failed} failed" if failed else ""
-    written = "nothing was written" if dry_run else f"written to {store.folder / REPORT}"
+    written = "nothing was written" if dry_run or not built else f"written to {store.folder / REPORT}"
     return f"{bundle.identity}: {counts}; chosen by views/s x{DECISIVE_BATCH} among those that passed; {written}"

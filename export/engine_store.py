@@ -1,9 +1,9 @@
 """The engines built for a bundle on this host, in BUNDLE.engines/ beside it: derived, never in git.
 
 An engine is used only if its fingerprint (graph, calibration, backend, version, device, golden values, limits of the
-gate) is what it would be if it were built now and its file has the recorded hash. Anything else is built again, and a
-server that finds nothing better runs FP32, compiled when it starts; both say in the log what was wrong with the stored
-one.
+gate, the code that makes and judges it) is what it would be if it were built now and its file has the recorded hash.
+Anything else is built again, and a server that finds nothing better runs FP32, compiled when it starts; both say in the
+log what was wrong with the stored one.
 """
 
 import fcntl
@@ -13,7 +13,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, TypeAdapter
 
 from resnet_ensemble.export import engines, golden, host, sealed
 from resnet_ensemble.export.bundle import Bundle, Member
@@ -26,7 +30,15 @@ log = logging.getLogger(__name__)
 REPORT = "engines.json"
 # The batch size whose rate decides which engine is the fastest.
 DECISIVE_BATCH = 10
+# What else makes an engine and judges it; all of it is in its fingerprint.
+_GATES = tuple(Path(__file__).with_name(name) for name in ("quantize.py", "precisions.py", "gate.py"))
 REMEDY = "export/build_engines.py builds it again"
+
+
+def _timed(rates: dict[str, float]) -> dict[str, float]:
+    if not rates.get(str(DECISIVE_BATCH), 0) > 0:
+        raise ValueError(f"there is no rate in batches of {DECISIVE_BATCH}")
+    return rates
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,11 @@ class Record:
     gate_views: int
     agreement: float
     difference: float
+    correlation: float
+    unsteadiness: float
     error: float | None
     reference_error: float | None
-    views_per_second: dict[str, float]
+    views_per_second: Annotated[dict[str, float], AfterValidator(_timed)]
     verdict: str  # `passed`, or why not
 
     @property
@@ -82,6 +96,10 @@ class Stored:
     content: bytes
 
 
+_RECORDS = TypeAdapter(dict[str, Record])
+_CHOICE = TypeAdapter(Choice | None)
+
+
 class EngineStore:
     """Finds and keeps the engines of one bundle."""
 
@@ -97,7 +115,11 @@ class EngineStore:
         """Only one process builds at a time; a second one waits, and then finds what the first has built."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("another process builds engines in %s; waiting for it", self.folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             self._records = None
             yield
 
@@ -170,9 +192,7 @@ class EngineStore:
         file = self.folder / REPORT
         try:
             report = sealed.loads(read_regular(file))
-            records = {name: Record(**values) for name, values in report["engines"].items()}
-            choice = report.get("choice")  # which reports did not have at first
-            return records, Choice(**choice) if choice else None
+            return _RECORDS.validate_python(report["engines"]), _CHOICE.validate_python(report["choice"])
         except FileNotFoundError:  # nothing was built yet
             return {}, None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -213,8 +233,14 @@ def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precisi
         "calibration": calibration,
         "limits": [asdict(LIMITS[precision]), ERROR_MARGIN],
         "device": implementation.identity(member.preprocessing),
+        "code": [_hash(file) for file in (*engines.sources(backend), *_GATES)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def open_engine(bundle: Bundle, member: Member, backend: str | None = None, threads: int = 1) -> Engine:

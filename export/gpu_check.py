@@ -6,15 +6,16 @@
 
 Nothing here has been run on a GPU yet; this is what tells. Each check stands alone, so that one that fails hides no
 other. For each member and precision: is a plan built, what does TensorRT tell of its layers, does it give the answers
-of ONNX Runtime's FP32, are all batches captured as CUDA graphs, do runs side by side give what they give one by one,
-do whole views run, how many views/s does it do for each batch, can it be closed? At last: does TensorRT refuse damaged
-plans? Writes gpu-check.md and gpu-check.json after every engine, should a library crash.
+of ONNX Runtime's FP32, in batches of every size and to whole views, are all batches captured as CUDA graphs, do runs
+side by side give what they give one by one, do whole views of extreme sizes run, how many views/s does it do for each
+batch, can it be closed? At last: does TensorRT refuse damaged plans? Writes gpu-check.md and gpu-check.json after every
+engine, should a library crash.
 
-Exit code 0: all held, or there is no GPU to check. 1: something did not hold, or there is a driver but no TensorRT.
+Exit code 0: all held, or there is no GPU to check. 1: something did not hold, or there is a driver and yet no GPU or no
+TensorRT that can be used. 2: a member that was asked for is not there.
 """
 
 import argparse
-import ctypes
 import importlib.util
 import json
 import platform
@@ -42,6 +43,8 @@ from resnet_ensemble.export import engines, gate, golden, quantize
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
 from resnet_ensemble.export.engine_store import tolerance
 from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineLoadError, NotInstalled, Precision
+from resnet_ensemble.export.engines.gpu import has_driver
+from resnet_ensemble.export.gate import Pictures
 from resnet_ensemble.export.precisions import float8
 from resnet_ensemble.training.views import Preprocessing
 
@@ -145,8 +148,8 @@ def check_all(bundle: Bundle, members: list[str], precisions: list[Precision], f
     for member in bundle.manifest.members:
         if members and member.name not in members:
             continue
-        views = gate.from_golden(bundle, member).views
-        expected = report.run(f"{member.name}: reference", partial(_reference, bundle, member, views))
+        pictures = gate.from_golden(bundle, member)
+        expected = report.run(f"{member.name}: reference", partial(_reference, bundle, member, pictures))
         for name, precision in _variants(available, precisions):
             title = f"{member.name}/{name}/{precision}"
             if precision not in available:
@@ -154,7 +157,7 @@ def check_all(bundle: Bundle, members: list[str], precisions: list[Precision], f
             elif expected is None:
                 report.skip(f"{title}: all", "there is no reference")
             else:
-                built = _check_engine(report, title, bundle, member, name, precision, views, expected)
+                built = _check_engine(report, title, bundle, member, name, precision, pictures, expected)
                 plan = plan or (built if name == "tensorrt" else None)
             report.write(folder)
     if plan is None:
@@ -179,13 +182,13 @@ def _check_engine(
     member: Member,
     name: str,
     precision: Precision,
-    views: NDArray[np.uint8],
+    pictures: Pictures,
     expected: NDArray[np.float32],
 ) -> bytes | None:
     """Everything about one engine. What was built, or None."""
     backend = engines.backend(name)
     seen = member.preprocessing
-    compiled = report.run(f"{title}: build", lambda: _build(bundle, member, name, precision, views))
+    compiled = report.run(f"{title}: build", lambda: _build(bundle, member, name, precision, pictures))
     if compiled is None:
         report.skip(f"{title}: all else", "nothing was built")
         return None
@@ -194,7 +197,7 @@ def _check_engine(
         report.skip(f"{title}: all else", "nothing was loaded")
     else:
         allowed = tolerance(bundle, precision)
-        report.run(f"{title}: parity", lambda: _parity(engine, bundle, member, precision, views, expected, allowed))
+        report.run(f"{title}: parity", lambda: _parity(engine, bundle, member, precision, pictures, expected, allowed))
         if name == "tensorrt":
             report.run(f"{title}: layers", lambda: _layers(engine))
             report.run(f"{title}: CUDA graphs", lambda: _captured(engine))
@@ -207,29 +210,27 @@ def _check_engine(
     return compiled
 
 
-def _reference(bundle: Bundle, member: Member, views: NDArray[np.uint8]) -> tuple[NDArray[np.float32], str]:
+def _reference(bundle: Bundle, member: Member, pictures: Pictures) -> tuple[NDArray[np.float32], str]:
     """ONNX Runtime's FP32 on the CPU, as the bundle describes it."""
     backend = engines.backend(engines.DEFAULT)
     engine = backend.load(backend.compile(bundle.read(member), "fp32", member.preprocessing), "fp32")
     difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, "fp32"))
-    return gate.answers(engine, views), f"golden probabilities within {difference:.1e}"
+    return gate.answers(engine, pictures), f"golden probabilities within {difference:.1e}"
 
 
-def _build(
-    bundle: Bundle, member: Member, name: str, precision: Precision, views: NDArray[np.uint8]
-) -> tuple[bytes, str]:
+def _build(bundle: Bundle, member: Member, name: str, precision: Precision, pictures: Pictures) -> tuple[bytes, str]:
     backend, graph = engines.backend(name), bundle.read(member)
     note = ""
     if precision in engines.CALIBRATED:
         if member.calibration:
             found = quantize.from_bytes(bundle.read(member.calibration))
         else:
-            found = quantize.calibrate(graph, list(gate.batches(views)), images=len(bundle.manifest.golden))
+            found = quantize.calibrate(graph, gate.calibration_batches(pictures.views), images=pictures.count)
             note = ", calibrated on nothing but the golden pictures"
         graph = quantize.quantized(graph, found, backend.int8_form()) if precision == "int8" else float8(graph, found)
     began = time.monotonic()
     compiled = backend.compile(graph, precision, member.preprocessing)
-    return compiled, f"{time.monotonic() - began:.1f} s, every layer in the type that was asked for{note}"
+    return compiled, f"{time.monotonic() - began:.1f} s, every layer typed as was asked for before it is compiled{note}"
 
 
 def _parity(
@@ -237,15 +238,17 @@ def _parity(
     bundle: Bundle,
     member: Member,
     precision: Precision,
-    views: NDArray[np.uint8],
+    pictures: Pictures,
     expected: NDArray[np.float32],
     allowed: float,
 ) -> tuple[None, str]:
-    finding = gate.compare(gate.answers(engine, views), expected, None)
+    finding = gate.examine(engine, pictures, expected)
     difference = golden.check(engine, bundle, member, allowed=float("inf"))
     found = (
-        f"top-1 agreement {finding.agreement:.1%} of {finding.views} views, largest difference "
-        f"{finding.difference:.1e}, of a golden probability {difference:.1e}"
+        f"{finding.views} views, in batches of {', '.join(map(str, gate.BATCHES))} and whole: top-1 agreement "
+        f"{finding.agreement:.1%}, largest difference {finding.difference:.1e}, lowest correlation of a class "
+        f"{finding.correlation:.3f}, largest dependence on the batch {finding.unsteadiness:.1e}; golden probabilities "
+        f"within {difference:.1e}"
     )
     verdict = finding.verdict(gate.LIMITS[precision])
     if verdict != "passed" or not difference <= allowed:
@@ -359,14 +362,6 @@ def _place(error: BaseException) -> str:
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
-def _has_driver() -> bool:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
 def main() -> None:
     """Parse the command line and check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -378,10 +373,15 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("build"), metavar="DIR", help="where to (%(default)s)")
     arguments = parser.parse_args()
     try:
-        report = check_all(Bundle.open(arguments.bundle), arguments.only, arguments.precision, arguments.report)
+        bundle = Bundle.open(arguments.bundle)
+        names = [member.name for member in bundle.manifest.members]
+        if unknown := set(arguments.only) - set(names):
+            parser.error(f"no member is named {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        report = check_all(bundle, arguments.only, arguments.precision, arguments.report)
     except BackendUnavailable as why:
-        if isinstance(why, NotInstalled) and _has_driver():
-            sys.exit(f"gpu_check: NVIDIA's driver is here, but {why}; `make gpu-check` does that")
+        if has_driver():
+            does_that = "; `make gpu-check` does that" * isinstance(why, NotInstalled)
+            sys.exit(f"gpu_check: NVIDIA's driver is here, but {why}{does_that}")
         print(f"no GPU to check: {why}")
         return
     except BundleError as problem:

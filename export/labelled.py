@@ -1,12 +1,15 @@
 """Pictures in folders, labelled by the names of the folders."""
 
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from resnet_ensemble.training.files import read_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+IMAGENET_CLASSES = 1000
 
 
 class PictureUnreadable(Exception):
@@ -32,14 +35,26 @@ def find(folder: Path, labels: tuple[str, ...]) -> list[Picture]:
     """Every picture in a folder and the folders in it, by name.
 
     The nearest folder that is named like a label tells a picture's; or like ImageNet's (n01440764, ...) where there are
-    as many of those as labels, whose order is the labels'.
+    a thousand of those and as many labels, whose order is theirs. Links to folders are followed.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    files = sorted(_walk(folder))
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if files else []
-    if len(names) == len(labels) and all(re.fullmatch(r"n\d{8}", name) for name in names):
+    if len(names) == len(labels) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", name) for name in names):
         labels = tuple(names)
     numbers = {label: number for number, label in reversed([*enumerate(labels)])}  # of equal ones the first
     return [Picture(path, _label(path.relative_to(folder), numbers)) for path in files]
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    seen: set[tuple[int, int]] = set()  # a link may lead back
+    for name, folders, files in os.walk(root, followlinks=True):
+        folder = Path(name)
+        identity = (folder.stat().st_dev, folder.stat().st_ino)
+        if identity in seen:
+            folders.clear()
+        else:
+            seen.add(identity)
+            yield from (folder / file for file in files if Path(file).suffix.lower() in SUFFIXES)
 
 
 def _label(path: Path, numbers: dict[str, int]) -> int | None:

@@ -273,8 +273,8 @@ def _calibrate(content: bytes, title: str, source: Source, folder: Path) -> tupl
         count = len(images)
     else:
         pictures = gate.from_folder(folder, source.preprocessing, source.labels)
-        views, count = pictures.calibration, len(pictures.views)
-    found = quantize.calibrate(content, list(gate.batches(views)), images=count).to_bytes()
+        views, count = pictures.calibration, pictures.count
+    found = quantize.calibrate(content, gate.calibration_batches(views), images=count).to_bytes()
     file = CalibrationFile(
         file=f"members/{title}.calibration.safetensors",
         sha256=hashlib.sha256(found).hexdigest(),

@@ -239,7 +239,11 @@ def _readme(bundle: Bundle, inputs: Mapping[str, str], max_batch: int) -> str:
             f'    "{given}": Preprocessing(resize={seen.resize}, crop={seen.crop}, padding={seen.padding}, '
             f"mean={seen.mean}, std={seen.std}),"
         )
-    views = [f"{view.position}{' of the mirror' if view.mirrored else ''}" for view in PROTOCOLS[manifest.protocol]]
+    protocol, says = manifest.protocol, f"The bundle's protocol is `{manifest.protocol}`"
+    if protocol not in PROTOCOLS:
+        protocol = "10crop"
+        says += ", whose whole views have several shapes and need a request each; the client below sends `10crop`"
+    views = [f"{view.position}{' of the mirror' if view.mirrored else ''}" for view in PROTOCOLS[protocol]]
     return README.format(
         bundle=bundle.identity,
         title=manifest.name,
@@ -248,8 +252,9 @@ def _readme(bundle: Bundle, inputs: Mapping[str, str], max_batch: int) -> str:
         max_batch=max_batch,
         rows="\n".join(rows),
         seen="\n".join(calls),
-        protocol=manifest.protocol,
-        count=len(PROTOCOLS[manifest.protocol]),
+        says=says,
+        protocol=protocol,
+        count=len(PROTOCOLS[protocol]),
         positions=", ".join(views),
     )
 
@@ -279,7 +284,7 @@ Views are UINT8 (views, height, width, 3), RGB, 0 to 255: cast, normalisation an
 {rows}
 
 Resizing is bilinear with antialiasing (Pillow's), the longer side rounded down. Row i of every input is the same view
-of the same picture. The bundle's protocol is `{protocol}`, {count} views of each picture:
+of the same picture. {says}, {count} views of each picture:
 {positions}.
 
 ## A client

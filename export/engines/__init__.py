@@ -4,7 +4,9 @@ One file a backend, imported only when used.
 """
 
 import importlib
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -83,11 +85,12 @@ ON = {"cpu": ("onnxruntime", "openvino"), "cuda": ("onnxruntime-cuda", "tensorrt
 BACKENDS = (*ON["cpu"], *ON["cuda"])
 # What runs a bundle where nothing was built.
 DEFAULT = "onnxruntime"
+# The file of each backend, and others that it compiles with.
 _MODULES = {
-    "onnxruntime": "onnx_runtime",
-    "openvino": "openvino_cpu",
-    "onnxruntime-cuda": "onnx_runtime_cuda",
-    "tensorrt": "tensorrt_gpu",
+    "onnxruntime": ("onnx_runtime",),
+    "openvino": ("openvino_cpu",),
+    "onnxruntime-cuda": ("onnx_runtime_cuda",),
+    "tensorrt": ("tensorrt_gpu", "tensorrt_builder", "tensorrt_profiles"),
 }
 _REMEDY = {
     "onnxruntime": "pip install 'resnet-ensemble[cpu]'",
@@ -120,10 +123,15 @@ class EngineRunError(RuntimeError):
 def backend(name: str) -> Backend:
     """Import a backend. Raises NotInstalled."""
     try:
-        module: Backend = importlib.import_module(f"resnet_ensemble.export.engines.{_MODULES[name]}")
+        module: Backend = importlib.import_module(f"resnet_ensemble.export.engines.{_MODULES[name][0]}")
     except ImportError as error:
         raise not_installed(name, error) from None
     return module
+
+
+def sources(name: str) -> tuple[Path, ...]:
+    """The files that a backend compiles with."""
+    return tuple(Path(__file__).with_name(f"{module}.py") for module in _MODULES[name])
 
 
 def not_installed(name: str, error: ImportError) -> NotInstalled:
@@ -134,12 +142,20 @@ def not_installed(name: str, error: ImportError) -> NotInstalled:
 def available(device: Device = "auto") -> list[tuple[str, Precision]]:
     """Every backend and precision of this host. Raises BackendUnavailable if a device that was asked for has none."""
     found: list[tuple[str, Precision]] = []
-    missing: list[str] = []
     for name in BACKENDS if device == "auto" else ON[device]:
-        try:
+        with suppress(BackendUnavailable):  # an extra that is not installed is no fault
             found += [(name, precision) for precision in backend(name).precisions()]
-        except BackendUnavailable as why:  # an extra that is not installed is no fault
-            missing.append(f"{name}: {why}")
     if device != "auto" and not found:
-        raise BackendUnavailable(f"nothing runs on {device} here. {'. '.join(missing)}")
+        raise BackendUnavailable(f"nothing runs on {device} here. {'. '.join(unavailable(device))}")
     return found
+
+
+def unavailable(device: Device) -> list[str]:
+    """Why backends of a device do not run here."""
+    reasons = []
+    for name in ON[device]:
+        try:
+            backend(name).precisions()
+        except BackendUnavailable as why:
+            reasons.append(f"{name}: {why}")
+    return reasons

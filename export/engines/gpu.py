@@ -4,6 +4,7 @@
 error, then what it made. Only the first GPU is used; CUDA_VISIBLE_DEVICES says which one that is.
 """
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -62,6 +63,15 @@ def probe(cudart: ModuleType) -> Gpu:
         memory=int(properties.totalGlobalMem),
         driver=DRIVER_FILE.read_text().strip() if DRIVER_FILE.is_file() else f"of CUDA {level}",
     )
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver can be loaded, whatever comes of it."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _explain(cudart: ModuleType, error: Any) -> str:

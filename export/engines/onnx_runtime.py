@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidProtobuf
 
 from resnet_ensemble.export import host
-from resnet_ensemble.export.engines import Engine, EngineBuildError, EngineInfo, EngineLoadError, Form, Precision
+from resnet_ensemble.export.engines import (
+    Engine,
+    EngineBuildError,
+    EngineInfo,
+    EngineLoadError,
+    EngineRunError,
+    Form,
+    Precision,
+)
 from resnet_ensemble.training.views import Preprocessing
 
 _QUIET = 3  # errors only: level 2 warns that a stored graph suits only this kind of CPU, which its fingerprint knows
@@ -55,13 +63,21 @@ class OnnxRuntimeEngine:
         self.info = EngineInfo("onnxruntime", version(), precision, "cpu", threads)
 
     def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities (n, classes) of views (n, h, w, 3)."""
+        """Probabilities (n, classes) of views (n, h, w, 3). Raises EngineRunError."""
         with nullcontext() if self._cpu is None else host.on_cpu(self._cpu):
-            return cast("NDArray[np.float32]", self._session.run(None, {"views": views})[0])
+            return run(self._session, views)
 
     def close(self) -> None:
         """Drop the session."""
         del self._session
+
+
+def run(session: onnxruntime.InferenceSession, views: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What a session answers. Raises EngineRunError."""
+    try:
+        return cast("NDArray[np.float32]", session.run(None, {"views": views})[0])
+    except Exception as error:  # ONNX Runtime raises classes of its own, without a common one
+        raise EngineRunError(f"ONNX Runtime {version()} failed: {error}") from error
 
 
 def version() -> str:

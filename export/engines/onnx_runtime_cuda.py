@@ -4,14 +4,20 @@ ONNX Runtime lists a provider that was compiled in, works or not, and where CUDA
 so only in its log. So the GPU is asked first, and a session is refused if a layer of the network runs on anything else.
 """
 
-from typing import cast
-
 import numpy as np
 import onnxruntime
 from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
-from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineInfo, EngineLoadError, Form, Precision
+from resnet_ensemble.export.engines import (
+    BackendUnavailable,
+    Engine,
+    EngineInfo,
+    EngineLoadError,
+    Form,
+    Precision,
+    onnx_runtime,
+)
 from resnet_ensemble.export.engines.gpu import Gpu, probe
 from resnet_ensemble.training.views import Preprocessing
 
@@ -49,8 +55,8 @@ class OnnxRuntimeCudaEngine:
         self.info = EngineInfo("onnxruntime-cuda", version(), precision, gpu.name, threads=1)
 
     def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities (n, classes) of views (n, h, w, 3)."""
-        return cast("NDArray[np.float32]", self._session.run(None, {"views": views})[0])
+        """Probabilities (n, classes) of views (n, h, w, 3). Raises EngineRunError."""
+        return onnx_runtime.run(self._session, views)
 
     def close(self) -> None:
         """Drop the session."""

@@ -11,7 +11,15 @@ import openvino
 from numpy.typing import NDArray
 
 from resnet_ensemble.export import host
-from resnet_ensemble.export.engines import Engine, EngineBuildError, EngineInfo, EngineLoadError, Form, Precision
+from resnet_ensemble.export.engines import (
+    Engine,
+    EngineBuildError,
+    EngineInfo,
+    EngineLoadError,
+    EngineRunError,
+    Form,
+    Precision,
+)
 from resnet_ensemble.training.views import Preprocessing
 
 DEVICE = "CPU"
@@ -27,11 +35,14 @@ class OpenVinoEngine:
         self.info = EngineInfo("openvino", version(), precision, "cpu", threads)
 
     def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Probabilities (n, classes) of views (n, h, w, 3)."""
+        """Probabilities (n, classes) of views (n, h, w, 3). Raises EngineRunError."""
         if not hasattr(self._local, "request"):
             self._local.request = self._model.create_infer_request()
         # The answer is a copy, since the next run of this thread overwrites the request's own.
-        answer: NDArray[np.float32] = self._local.request.infer([views], share_inputs=True)[0]
+        try:
+            answer: NDArray[np.float32] = self._local.request.infer([views], share_inputs=True)[0]
+        except RuntimeError as error:
+            raise EngineRunError(f"OpenVINO {version()} failed: {error}") from error
         return answer.copy()
 
     def close(self) -> None:

@@ -17,6 +17,8 @@ from PIL import Image
 
 from resnet_ensemble.export import build_engines, declared, drawings, engines, to_onnx
 from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.engines import EngineRunError
+from resnet_ensemble.export.engines.openvino_cpu import OpenVinoEngine
 from resnet_ensemble.export.triton_repository import Plan
 from resnet_ensemble.training.model import cifar
 
@@ -98,7 +100,7 @@ def test_with_pictures_int8_is_calibrated_gated_and_reused(root: Path, bundle: P
     found = report(bundle)
     int8 = [f"{member}/{b}/{p}" for b, p in engines.available() if p == "int8"]
     assert set(found) == set(int8)
-    assert all(engine["gate_views"] == 33 and 0 < engine["difference"] < 1 for engine in found.values())
+    assert all(engine["gate_views"] == 33 * 3 + 16 and 0 < engine["difference"] < 1 for engine in found.values())
     assert (first.stdout.count(", built"), second.stdout.count(", reused")) == (len(int8), len(int8)), first.stderr
     assert third.stdout.count(", built") == len(int8)  # other pictures, other engines
 
@@ -113,6 +115,18 @@ def test_a_dry_run_says_what_would_be_built_and_writes_nothing(
     assert result.stdout.count("would be built") == len(Bundle.open(bundle).manifest.members) * len(fp32), result.stderr
     assert ("nothing was written" in result.stdout) == (not options)
     assert list(bundle.parent.iterdir()) == [bundle]
+
+
+def test_a_dry_run_tells_nothing_of_a_choice_of_engines_that_are_damaged(root: Path, bundle: Path) -> None:
+    assert "the chosen together" in build_here(root, bundle, "--precision", "fp32").stdout
+    assert "the chosen together" in build_here(root, bundle, "--precision", "fp32", "--dry-run").stdout
+    for file in bundle.with_name("cifar10.engines").glob("*.engine"):
+        file.write_bytes(b"damaged")
+
+    result = build_here(root, bundle, "--precision", "fp32", "--dry-run")
+
+    assert "would be built" in result.stdout
+    assert "the chosen together" not in result.stdout
 
 
 def test_what_the_table_says_can_be_printed_as_json(root: Path, bundle: Path) -> None:
@@ -155,7 +169,8 @@ def test_without_onnx_runtime_it_says_what_to_install(root: Path, bundle: Path) 
     ("arguments", "message"),
     [
         (["--only", "resnet1000"], "no member named resnet1000; there are resnet20"),
-        (["--calibration", "nowhere"], "no pictures in nowhere"),
+        (["--calibration", "nowhere"], "there is no folder nowhere"),
+        (["--precision", "fp8", "--device", "cpu"], "nothing here computes in fp8; there are onnxruntime fp32, "),
         (["--triton", "models", "--dry-run"], "--dry-run writes nothing"),
         (["--labels", "labels.txt"], "--labels goes with --weights"),
         (["--weights", "a.pth", "--ensemble", "b"], "--weights or --ensemble, not both"),
@@ -167,6 +182,44 @@ def test_mistakes_are_named(root: Path, bundle: Path, arguments: list[str], mess
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_why_nothing_is_built_for_a_gpu_that_is_there_is_told(
+    root: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (bundle, "--only", "resnet20", "--precision", "fp32")
+    assert "GPU" not in build_here(root, *options).stderr
+    monkeypatch.setattr(build_engines, "has_driver", lambda: True)
+
+    result = build_here(root, *options)
+
+    assert result.returncode == 0
+    assert "build_engines: not built for the GPU: onnxruntime-cuda: " in result.stderr
+    assert "build_engines: not built for the GPU: tensorrt: " in result.stderr
+
+
+def test_an_engine_that_fails_while_it_runs_does_not_stop_the_others(
+    root: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise EngineRunError("OpenVINO failed: out of memory")
+
+    monkeypatch.setattr(OpenVinoEngine, "run", fail)
+    result = build_here(root, bundle, "--only", "resnet20", "--precision", "fp32")
+
+    assert result.returncode == 0, result.stderr
+    assert "failed: OpenVINO failed: out of memory" in result.stdout
+    assert "chosen, built" in result.stdout
+
+
+def test_an_interrupt_ends_it_quietly(root: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_engines, "build_all", interrupt)
+    result = build_here(root, bundle)
+
+    assert (result.returncode, result.stderr) == (130, "")
 
 
 def test_with_weights_the_bundle_is_made_first_and_only_once(

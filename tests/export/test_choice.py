@@ -53,7 +53,7 @@ def pictures(store: EngineStore) -> dict[str, Pictures]:
         return content.getvalue()
 
     none = np.zeros((0, 32, 32, 3), np.uint8)
-    seen = Pictures(none, None, none, "grey", tuple(encoded(2 * i) for i in range(IMAGES)), None)
+    seen = Pictures(IMAGES, none, (), None, none, "grey", tuple(encoded(2 * i) for i in range(IMAGES)), None)
     return {member.name: seen for member in store.bundle.manifest.members}
 
 
@@ -95,6 +95,8 @@ def add(
         gate_views=IMAGES,
         agreement=1.0,
         difference=0.0,
+        correlation=1.0,
+        unsteadiness=0.0,
         error=None,
         reference_error=None,
         views_per_second={"10": rate},

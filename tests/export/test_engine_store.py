@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_ensemble.export import engine_store, engines, gate, host
+from resnet_ensemble.export import engine_store, engines, gate, host, sealed
 from resnet_ensemble.export.build_engines import Workshop
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engine_store import EngineStore, Record, Stored, fingerprint
@@ -90,10 +90,43 @@ def test_an_engine_that_passed_other_limits_is_not_used(
     assert find(bundle) is None
 
 
-def test_a_report_of_another_version_is_ignored(bundle: Bundle, stored: tuple[Record, bytes]) -> None:
-    (EngineStore(bundle).folder / engine_store.REPORT).write_text('{"engines": {"a/b": {"unknown": 1}}}')
+def test_an_engine_that_other_code_made_or_judged_is_not_used(
+    bundle: Bundle, stored: tuple[Record, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module, names in ((engines, "sources"), (engine_store, "_GATES")):
+        with monkeypatch.context() as changed:
+            file = tmp_path / f"{names}.py"
+            file.write_text("# other code")
+            changed.setattr(module, names, (lambda _, file=file: (file,)) if names == "sources" else (file,))
+            assert find(bundle) is None
+    assert find(bundle) is not None
+
+
+@pytest.mark.parametrize("name", engines.BACKENDS)
+def test_every_backend_names_the_files_that_it_compiles_with(name: str) -> None:
+    assert all(file.is_file() for file in engines.sources(name))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"views_per_second": {"1": 10.0}},
+        {"views_per_second": {"10": 0.0}},
+        {"views_per_second": {"10": "fast"}},
+        {"agreement": None},
+    ],
+)
+def test_a_report_of_another_version_is_ignored(
+    bundle: Bundle, stored: tuple[Record, bytes], changed: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = EngineStore(bundle).folder / engine_store.REPORT
+    report = sealed.loads(file.read_bytes())
+    (key,) = report["engines"]
+    report["engines"][key] |= changed
+    file.write_bytes(sealed.dumps(report))
 
     assert find(bundle) is None
+    assert "is damaged or of another version" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["deleted", "cut", "flipped"])
@@ -150,7 +183,7 @@ def test_the_server_opens_the_stored_engine_and_compiles_only_what_is_missing(
     assert compiled == [bundle.read(bundle.manifest.members[1])]
 
 
-def test_a_second_builder_waits_for_the_first(bundle: Bundle) -> None:
+def test_a_second_builder_waits_for_the_first_and_says_so(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     order: list[str] = []
 
     def second() -> None:
@@ -165,3 +198,4 @@ def test_a_second_builder_waits_for_the_first(bundle: Bundle) -> None:
     thread.join()
 
     assert order == ["first", "second"]
+    assert "another process builds engines in" in caplog.text

@@ -59,7 +59,8 @@ def test_where_all_holds_the_report_says_so_with_rates(cudart: Cudart, bundle: B
     written = json.loads((tmp_path / "gpu-check.json").read_text())
     assert (written["held"], written["about"]["device"]) == (True, "Fake GPU, compute 8.9, driver of CUDA 13000")
     text = (tmp_path / "gpu-check.md").read_text()
-    assert "| small/tensorrt/fp16: parity | holds | top-1 agreement 100.0% of 80 views" in text
+    parity = "96 views, in batches of 1, 2, 5, 10, 20, 40 and whole: top-1 agreement 100.0%"
+    assert f"| small/tensorrt/fp16: parity | holds | {parity}" in text
     assert "| engine | 1 | 2 | 5 | 10 | 20 | 40 |" in text
 
 
@@ -148,15 +149,31 @@ def test_without_a_gpu_the_command_says_so_and_ends_well(root: Path, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def test_a_driver_without_tensorrt_is_no_missing_gpu(
+def test_a_driver_with_which_nothing_runs_is_no_missing_gpu(
     cudart: Cudart, shipped: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # what makes an import fail
-    monkeypatch.setattr(gpu_check, "_has_driver", lambda: True)
+    monkeypatch.setattr(gpu_check, "has_driver", lambda: True)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(shipped.path)])
+    with monkeypatch.context() as broken:
+        broken.setattr(tensorrt_gpu, "cudart", Cudart(error=35))
+        with pytest.raises(
+            SystemExit, match=r"driver is here, but CUDA can't use a GPU here \(cudaError[^;]*; install[^;]*$"
+        ):
+            gpu_check.main()
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # what makes an import fail
 
     with pytest.raises(SystemExit, match=r"driver is here, but .*pip install 'resnet-ensemble\[tensorrt\]'"):
         gpu_check.main()
+
+
+def test_a_member_that_is_not_there_is_an_error(
+    cudart: Cudart, shipped: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(shipped.path), "--only", "resnet20", "--only", "nobody"])
+
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main()
+    assert "no member is named nobody; there are resnet20, resnet32" in capsys.readouterr().err
 
 
 def test_a_bundle_that_is_none_is_an_error(root: Path, tmp_path: Path) -> None:

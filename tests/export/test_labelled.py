@@ -42,11 +42,28 @@ def test_a_folder_above_all_of_them_does_not(tmp_path: Path) -> None:
     assert found(tmp_path / "cat") == {"a.png": None}
 
 
-def test_imagenet_s_folders_are_the_classes_in_their_order_if_there_are_as_many(tmp_path: Path) -> None:
-    write(tmp_path, "n00000002/a.png", "n00000001/b.png", "n00000009/c.png")
+def test_imagenet_s_folders_are_the_classes_in_their_order_if_there_are_a_thousand(tmp_path: Path) -> None:
+    for i in range(1000):
+        (tmp_path / f"n{9 * i:08}").mkdir()
+    write(tmp_path, "n00000018/a.png", "n00000000/b.png")
+    thousand = tuple(f"class {i}" for i in range(1000))
 
-    assert found(tmp_path) == {"n00000001/b.png": 0, "n00000002/a.png": 1, "n00000009/c.png": 2}
-    assert set(found(tmp_path, LABELS[:2]).values()) == {None}
+    assert found(tmp_path, thousand) == {"n00000000/b.png": 0, "n00000018/a.png": 2}
+    assert set(found(tmp_path, thousand[:999]).values()) == {None}
+
+
+def test_ten_of_imagenet_s_folders_are_not_ten_other_classes(tmp_path: Path) -> None:
+    write(tmp_path, "n01440764/a.png", "n02102040/b.png", "n02979186/c.png")
+
+    assert set(found(tmp_path).values()) == {None}
+
+
+def test_links_to_folders_are_followed_and_not_in_circles(tmp_path: Path) -> None:
+    write(tmp_path, "elsewhere/a.png", "data/dog/b.png")
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "dog" / "back").symlink_to(tmp_path / "data")
+
+    assert found(tmp_path / "data") == {"cat/a.png": 0, "dog/b.png": 1}
 
 
 def test_of_equal_labels_a_folder_is_the_first(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_names_that_would_be_alike_are_refused(saved: Checkpoint) -> None:
 def test_a_calibration_travels_with_its_member(saved: Checkpoint, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i in range(3):
+    for i in range(20):
         noise = np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)
         Image.fromarray(noise).save(photos / f"{i}.png")
     mine = replace(source(saved), dataset="mine")
@@ -160,8 +160,8 @@ def test_a_calibration_travels_with_its_member(saved: Checkpoint, tmp_path: Path
 
     (member,) = Bundle.open(tmp_path / "b").manifest.members
     assert member.calibration is not None
-    assert (member.calibration.dataset, member.calibration.images) == ("photos", 3)
-    assert quantize.from_bytes(bundle.read(member.calibration)).images == 3
+    assert (member.calibration.dataset, member.calibration.images) == ("photos", 20)
+    assert quantize.from_bytes(bundle.read(member.calibration)).images == 20
 
 
 def test_bytes_are_cast_before_anything_else_since_tensorrt_can_do_nothing_with_them(exported: bytes) -> None:

@@ -170,6 +170,17 @@ def test_the_client_in_the_readme_prints_the_classes(triton: Triton, repository:
     assert float(lines[0].split()[0]) == pytest.approx(mean.max(), abs=2e-4)
 
 
+def test_where_the_bundle_s_protocol_has_views_of_several_shapes_the_client_sends_ten_crops(
+    pair: Bundle, tmp_path: Path
+) -> None:
+    bundle = Bundle(pair.path, pair.manifest.model_copy(update={"protocol": "multiscale"}))
+    triton_repository.write(bundle, tmp_path / "models")
+
+    text = (tmp_path / "models" / "README.md").read_text()
+    assert "The bundle's protocol is `multiscale`, whose whole views have several shapes" in text
+    assert 'make_views(image, preprocessing, "10crop")' in text
+
+
 def test_the_list_of_contents_has_the_hash_of_every_file(repository: Path) -> None:
     listed = json.loads((repository / "resnet_ensemble.json").read_text())["files"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from resnet_ensemble.export import engines, host, quantize
 from resnet_ensemble.export.bundle import Bundle
-from resnet_ensemble.export.engines import BackendUnavailable, Precision, onnx_runtime
+from resnet_ensemble.export.engines import BackendUnavailable, EngineRunError, Precision, onnx_runtime
 from tests.conftest import until
 
 VARIANTS = engines.available("cpu")
@@ -67,6 +67,11 @@ def test_an_answer_is_not_changed_by_the_next_run(engine: engines.Engine) -> Non
     engine.run(views(4, 2))
 
     np.testing.assert_array_equal(first, kept)
+
+
+def test_what_can_t_be_run_is_an_error_of_the_run(engine: engines.Engine) -> None:
+    with pytest.raises(EngineRunError, match=r"(ONNX Runtime|OpenVINO) [0-9.]+ failed: "):
+        engine.run(np.zeros((2, 32, 32, 4), np.uint8))
 
 
 def test_it_runs_from_several_threads_at_once(engine: engines.Engine) -> None:
