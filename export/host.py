@@ -83,9 +83,12 @@ def cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         return platform.processor() or platform.machine()
-    about = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
-    flags = sorted(flag for flag in about.get("flags", "").split() if flag.startswith(("avx", "amx", "fma")))
-    return " ".join([about.get("model name", platform.machine()).strip(), *flags])
+    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = f"{about.get('flags', '')} {about.get('Features', '')}".split()  # of x86, of ARM
+    vectors = ("avx", "amx", "fma", "asimd", "sve", "sme", "bf16", "i8mm")
+    parts = [f"{name} {about[name]}" for name in ("CPU implementer", "CPU part") if name in about]
+    model = about.get("model name") or " ".join([platform.machine(), *parts])
+    return " ".join([model, *sorted(flag for flag in flags if flag.startswith(vectors))])
 
 
 def _cpus() -> list[int]:

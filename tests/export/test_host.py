@@ -1,4 +1,5 @@
 import os
+import platform
 import sys
 import threading
 from pathlib import Path
@@ -90,6 +91,28 @@ def test_under_a_quota_no_cpu_is_ours_to_keep(monkeypatch: pytest.MonkeyPatch) -
 def test_the_cpu_is_described_in_one_line() -> None:
     assert host.cpu()
     assert "\n" not in host.cpu()
+
+
+@pytest.mark.parametrize(
+    ("lines", "described"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu sse avx512f avx2 fma\n", "AMD EPYC avx2 avx512f fma"),
+        (
+            "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd aes sve i8mm bf16\nCPU implementer\t: 0x41\n"
+            "CPU part\t: 0xd40\n",
+            "aarch64 CPU implementer 0x41 CPU part 0xd40 asimd bf16 i8mm sve",
+        ),
+        ("", "aarch64"),
+    ],
+    ids=["x86", "ARM", "unknown"],
+)
+def test_cpus_that_compute_differently_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, lines: str, described: str
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: lines)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+
+    assert host.cpu() == described
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness is of whole processes")
