@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from resnet_ensemble.export.drawings import pictures
+from resnet_ensemble.training.pixels import SUFFIXES
 
 WIDTH, HEIGHT = 500, 375
 _DRAWN = ("ship", "airplane", "truck", "frog")
 _OCTAVES = (2, 4, 8, 16, 32, 64, 128, 256)  # cells of noise across the picture
 _FINEST = 14  # brightness levels of the noise of single pixels, to either side
 _QUALITY = 96
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MOST = 64  # files of a folder that are sent in turn
 
 
@@ -30,9 +30,9 @@ def draw(count: int) -> list[bytes]:
 
 def read(folder: Path) -> list[bytes]:
     """The first files of a folder of pictures, by name. Raises SystemExit if there are none."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)[:MOST]
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)[:MOST]
     if not files:
-        raise SystemExit(f"no pictures in {folder} ({', '.join(sorted(_SUFFIXES))})")
+        raise SystemExit(f"no pictures in {folder} ({', '.join(SUFFIXES)})")
     return [file.read_bytes() for file in files]
 
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, TypeAdapter
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from resnet_ensemble.export import engines, golden, host, sealed
 from resnet_ensemble.export.bundle import Bundle, Member
@@ -142,26 +142,42 @@ class EngineStore:
         return sorted(found, key=lambda record: record.views_per_second[str(DECISIVE_BATCH)], reverse=True)
 
     def best(self, member: Member, backend: str | None = None) -> Stored | None:
-        """The engine that was chosen for a member, or of one backend, or without a choice, the fastest that passed."""
+        """The engine that was chosen for a member, or of one backend, or without a choice, the fastest that passed.
+
+        If what was chosen for another member can't be used any more, FP32: nothing else was compared together.
+        """
         passed = self.passed(member, backend)
         choice = self.choice() if backend is None else None
+        if backend is None and not choice and self._choice:
+            _warn(
+                f"of the engines in {self.folder} that were chosen together, {', '.join(self._missing(self._choice))} "
+                f"can't be used here, so FP32 is; install what is missing, or {REMEDY}"
+            )
+            passed = [record for record in passed if record.precision == "fp32"]
         if choice:
             chosen = choice.engines.get(member.name)
             if chosen is None:
                 return None
-            passed.sort(key=lambda record: record.sha256 != chosen)  # if its file is damaged, the fastest of the others
+            # If its file is damaged, FP32.
+            passed = [record for record in passed if record.sha256 == chosen or record.precision == "fp32"]
+            passed.sort(key=lambda record: record.sha256 != chosen)
         return next(filter(None, map(self._read, passed)), None)
 
     def choice(self) -> Choice | None:
         """What was chosen for all members together, if all of it is still valid."""
         self.records()
-        if self._choice is None:
-            return None
+        return None if self._choice is None or self._missing(self._choice) else self._choice
+
+    def _missing(self, choice: Choice) -> list[str]:
+        """Engines that were chosen and are not valid here."""
+        missing = []
         for member in self.bundle.manifest.members:
-            chosen = self._choice.engines.get(member.name)
+            chosen = choice.engines.get(member.name)
             if chosen and chosen not in {record.sha256 for record in self.passed(member)}:
-                return None
-        return self._choice
+                of_member = [record for record in self.records().values() if record.member == member.name]
+                named = [record.key for record in of_member if record.sha256 == chosen]
+                missing.append(named[0] if named else f"one of {member.name}")
+        return missing
 
     def choose(self, choice: Choice) -> None:
         """Store a choice."""
@@ -195,9 +211,13 @@ class EngineStore:
             return _RECORDS.validate_python(report["engines"]), _CHOICE.validate_python(report["choice"])
         except FileNotFoundError:  # nothing was built yet
             return {}, None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("%s is damaged or of another version, so no engine in it is used (%r); %s", file, error, REMEDY)
-            return {}, None
+            reason = f"{type(error).__name__}: {error}"
+        _warn(f"{file} is damaged or of another version, so no engine in it is used ({reason}); {REMEDY}")
+        return {}, None
 
     def current(self, member: Member, backend: str, precision: Precision) -> Record | None:
         """The record of an engine, if it would be built in the same way now."""
@@ -236,6 +256,12 @@ def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precisi
         "code": [_hash(file) for file in (*engines.sources(backend), *_GATES)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _warn(message: str) -> None:
+    """Once, however often a store is opened."""
+    log.warning("%s", message)
 
 
 @lru_cache

@@ -17,12 +17,13 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from resnet_ensemble.export import golden, labelled
 from resnet_ensemble.export.bundle import Bundle, Member
 from resnet_ensemble.export.engines import Engine, Precision
-from resnet_ensemble.export.labelled import SUFFIXES, PictureUnreadable
+from resnet_ensemble.export.labelled import PictureUnreadable
+from resnet_ensemble.training import pixels
 from resnet_ensemble.training.views import Preprocessing, make_blocks, make_views
 
 _T = TypeVar("_T")
@@ -146,7 +147,7 @@ def from_folder(folder: Path, seen: Preprocessing, labels: tuple[str, ...]) -> P
         raise CalibrationError(f"there is no folder {folder}")
     files = labelled.find(folder, labels)
     if not files:
-        raise CalibrationError(f"no pictures in {folder} ({', '.join(SUFFIXES)})")
+        raise CalibrationError(f"no pictures in {folder} ({', '.join(pixels.SUFFIXES)})")
     if len(files) < FEWEST_IMAGES:
         raise CalibrationError(f"{len(files)} pictures in {folder} are too few; give {FEWEST_IMAGES} or more")
     chosen = _evenly(files, MOST_IMAGES)
@@ -190,7 +191,11 @@ def _of_whole(labels: NDArray[np.int64], whole: list[NDArray[np.uint8]]) -> list
 
 def upright(encoded: bytes) -> Image.Image:
     """A picture as it is served: RGB, turned as its EXIF says. Decoders raise almost anything on damaged ones."""
-    return ImageOps.exif_transpose(Image.open(BytesIO(encoded))).convert("RGB")
+    image = Image.open(BytesIO(encoded), formats=pixels.FORMATS)
+    if pixels.is_extreme(image.size):
+        raise ValueError(f"it is {image.width} x {image.height}, too long for its width")
+    image.load()
+    return pixels.to_rgb(image)
 
 
 def _evenly(items: list[_T], most: int) -> list[_T]:

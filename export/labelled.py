@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resnet_ensemble.training.files import read_regular
+from resnet_ensemble.training.pixels import SUFFIXES
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 IMAGENET_CLASSES = 1000
 
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from resnet_ensemble.export import engine_store, host, labelled
 from resnet_ensemble.export.bundle import Bundle, BundleError
 from resnet_ensemble.export.engines import BackendUnavailable, Engine
-from resnet_ensemble.export.labelled import SUFFIXES, PictureUnreadable
+from resnet_ensemble.export.labelled import PictureUnreadable
 from resnet_ensemble.server import calibration, images, temperature, thresholds
 from resnet_ensemble.server.calibration import Calibration, Cost, Draft, Temperature
 from resnet_ensemble.server.errors import ApiError
@@ -50,6 +50,7 @@ from resnet_ensemble.server.settings import Settings, SettingsError, from_enviro
 from resnet_ensemble.server.thresholds import Answers, Certificate, Drafts, Stops, TooFewImages
 from resnet_ensemble.training import cifar
 from resnet_ensemble.training.files import check_writable
+from resnet_ensemble.training.pixels import SUFFIXES
 from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes, largest_side, make_blocks
 
 SEED = 0

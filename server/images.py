@@ -16,23 +16,17 @@ more or less for CIFAR-10's views, views changed by 2.1 levels on average and by
 Zen 3 cores with AVX2 that had other work, Pillow 13.0.0, 2026-11-25.)
 """
 
-from contextlib import suppress
-
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from resnet_ensemble.server import pieces
 from resnet_ensemble.server.errors import ApiError
+from resnet_ensemble.training.pixels import FORMATS, MAX_ASPECT_RATIO, PixelsUnsupported, is_extreme, to_rgb
 
-# JPEG includes MPO, which many phones write: a JPEG that holds more than one picture.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 # How files of these formats begin: what begins so and can't be opened is damaged, not unsupported.
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-# Resizing the shorter side of a 1 x 60,000 image to 256 pixels would make a 15 million pixel wide one.
-MAX_ASPECT_RATIO = 100
 _SCALES = (8, 4, 2)  # a decoder makes a JPEG so many times smaller for less than the whole costs
-_BACKGROUND = (255, 255, 255)
 
 # Pillow's own limit only warns, per process; `decode` refuses on the caller's limit, before decoding.
 Image.MAX_IMAGE_PIXELS = None
@@ -56,10 +50,9 @@ def decode(content: bytes, *, max_pixels: int, draft: int | None = None) -> Imag
         # In one step: between steps, a thread waits for the interpreter, which others may have.
         image.decodermaxblock = len(content)
         image.load()
-        _turn_upright(image)
-        return _to_rgb(image)
-    except ApiError:
-        raise
+        return to_rgb(image)
+    except PixelsUnsupported as error:
+        raise ApiError("unsupported_pixel_type", str(error)) from None
     except Exception as error:  # decoders raise almost anything when fed hostile bytes
         raise ApiError("corrupt_image", f"the {image.format} can't be decoded: {_reason(error)}") from error
 
@@ -104,43 +97,11 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise ApiError("corrupt_image", f"the image says that it is {width} x {height} pixels")
     if width * height > max_pixels:
         raise ApiError("too_many_pixels", f"the image has {width} x {height} pixels; at most {max_pixels} are allowed")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+    if is_extreme(size):
         raise ApiError(
             "extreme_aspect_ratio",
             f"the image is {width} x {height}; one side may be {MAX_ASPECT_RATIO} times the other",
         )
-
-
-def _turn_upright(image: Image.Image) -> None:
-    with suppress(Exception):  # damaged EXIF data around a sound picture: show it as it lies
-        ImageOps.exif_transpose(image, in_place=True)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return _to_8_bits(image).convert("RGB")
-    if image.mode in ("I", "F", "LAB"):
-        raise ApiError(
-            "unsupported_pixel_type",
-            f"pixels of the type {image.mode} have no agreed brightness; convert them to 8 or 16 bits a channel",
-        )
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        opaque = Image.new("RGBA", rgba.size, _BACKGROUND)
-        return Image.alpha_composite(opaque, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # a copy would cost 4 % of decoding
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Of grey with more. Pillow's own conversion clips it to white.
-
-    In a TIFF it may have 12 bits, and white may be 0, which Pillow looks after with 8 bits only.
-    """
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
-    grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
-    white_is_0 = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
-    return Image.fromarray(255 - grey if white_is_0 else grey)
 
 
 def _reason(error: Exception) -> str:

@@ -231,8 +231,8 @@ def test_a_choice_is_kept_until_something_that_it_depends_on_changes(
 
 
 @pytest.mark.parametrize("change", ["built again", "refused", "of another graph"])
-def test_a_choice_whose_engines_are_not_there_any_more_is_none(
-    store: EngineStore, pictures: dict[str, Pictures], change: str
+def test_where_a_chosen_engine_is_not_there_any_more_all_run_in_fp32_and_the_log_tells(
+    store: EngineStore, pictures: dict[str, Pictures], change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for member in range(2):
         add(store, member, "int8", FAST, [1, 2, 3])
@@ -249,15 +249,41 @@ def test_a_choice_whose_engines_are_not_there_any_more_is_none(
     changes[change]()
 
     assert EngineStore(store.bundle).choice() is None
+    left = ["fp32", "fp32"]
+    if change != "built again":
+        left[slow] = None  # type: ignore[call-overload]
+    assert chosen(store) == left
+    assert "that were chosen together, " in caplog.text
+    assert "can't be used here, so FP32 is" in caplog.text
+
+
+def test_where_a_chosen_engine_s_backend_is_not_installed_all_run_in_fp32(
+    store: EngineStore, pictures: dict[str, Pictures], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for member in range(2):
+        add(store, member, "int8", FAST, [1])
+        add(store, member, "fp32", SLOW, [])
+    first = store.bundle.manifest.members[0]
+    wanted = fingerprint(store.bundle, first, "openvino", "int8", "")
+    add(store, 0, "int8", 2 * FAST, [2], backend="openvino", fingerprint=wanted, file="another.engine")
+    choose(store, pictures, given=True)
     assert chosen(store) == ["int8", "int8"]
 
+    here = [("onnxruntime", precision) for precision in ("fp32", "int8")]
+    monkeypatch.setattr(engines, "available", lambda: here)
 
-def test_a_chosen_engine_with_a_damaged_file_gives_way_to_the_fastest_of_the_others(
+    assert chosen(store) == ["fp32", "fp32"]
+    assert "resnet20/openvino/int8 can't be used here, so FP32 is" in caplog.text
+
+
+def test_with_a_choice_a_damaged_file_gives_way_to_fp32_and_not_to_what_was_not_compared(
     store: EngineStore, pictures: dict[str, Pictures]
 ) -> None:
     for member in range(2):
-        add(store, member, "fp32", SLOW, [])
         add(store, member, "int8", FAST, [])
+        wanted = fingerprint(store.bundle, store.bundle.manifest.members[member], "openvino", "int8", "")
+        add(store, member, "int8", FAST / 2, [1], backend="openvino", fingerprint=wanted, file=f"{member}.engine")
+        add(store, member, "fp32", SLOW, [])
     choose(store, pictures, given=True)
     (store.folder / "resnet32-int8.engine").write_bytes(b"[9]")
 

@@ -12,6 +12,7 @@ from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines import Precision, tensorrt_profiles
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.export.gate import CalibrationError, Finding
+from resnet_ensemble.server import images
 from resnet_ensemble.training.views import block_sizes
 
 (WHOLE,) = block_sizes("dense")
@@ -204,6 +205,23 @@ def test_photographs_are_turned_upright(tmp_path: Path, shipped: Bundle) -> None
     (view,) = gate.from_folder(tmp_path, shipped.manifest.members[0].preprocessing, ()).views
 
     assert (view == np.asarray(drawn)).all()
+
+
+def test_pictures_have_the_pixels_that_the_server_sees(tmp_path: Path) -> None:
+    clear, grey = Image.new("RGBA", (8, 8), (10, 20, 30, 0)), Image.fromarray(np.full((8, 8), 30_000, np.uint16))
+    for name, image in {"clear.png": clear, "grey.png": grey}.items():
+        image.save(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+
+        np.testing.assert_array_equal(gate.upright(content), images.decode(content, max_pixels=100))
+
+
+@pytest.mark.usefixtures("few")
+def test_a_picture_that_is_too_long_is_named(tmp_path: Path, shipped: Bundle) -> None:
+    Image.new("RGB", (1, 60_000)).save(tmp_path / "long.png")
+
+    with pytest.raises(CalibrationError, match=r"long\.png can't be decoded \(it is 1 x 60000, too long"):
+        gate.from_folder(tmp_path, shipped.manifest.members[0].preprocessing, ())
 
 
 @pytest.mark.usefixtures("few")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resnet_ensemble.server.errors import ApiError
-from resnet_ensemble.server.images import FORMATS, MAX_ASPECT_RATIO, decode, is_drafted
+from resnet_ensemble.server.images import decode, is_drafted
+from resnet_ensemble.training.pixels import FORMATS, MAX_ASPECT_RATIO, SUFFIXES
 
 LIMIT = 1_000_000
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -56,6 +57,7 @@ def test_every_allowed_format_has_a_decoder_here() -> None:
     Image.init()
 
     assert set(FORMATS) <= set(Image.OPEN)
+    assert {Image.registered_extensions()[suffix] for suffix in SUFFIXES} == set(FORMATS)
 
 
 def test_a_jpeg_with_several_pictures_gives_the_first() -> None:

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_ensemble.client.batch import Columns, InputError, MissingExtraError
-from resnet_ensemble.client.batch._inputs import Inputs, Item, matches, may_hold
+from resnet_ensemble.client.batch._inputs import PICTURES, Inputs, Item, matches, may_hold
 from resnet_ensemble.client.batch._rows import printable
 from resnet_ensemble.client.batch._selection import Seen, sampled
+from resnet_ensemble.training.pixels import SUFFIXES
 
 
 @pytest.fixture
@@ -50,6 +51,10 @@ def test_a_folder_gives_its_pictures_and_those_of_the_folders_in_it(folder: Path
     assert inputs.left_out == 1
     assert inputs.count() == 2
     assert sorted(item.id for item in Inputs((".",))) == ["./a.jpg", "./b/c.PNG", "./b/d/e.jpeg"]
+
+
+def test_pictures_are_what_the_server_takes() -> None:
+    assert frozenset(SUFFIXES) == PICTURES
 
 
 @pytest.mark.parametrize(
