@@ -1,7 +1,8 @@
 # The server, on a CPU, or with ONNX Runtime for NVIDIA GPUs (--target gpu; not yet run on one):
 #   docker build --target cpu -t resnet-ensemble .
 #   docker run -p 8000:8000 resnet-ensemble
-# Nothing is fetched at start: the CIFAR-10 bundle is inside. For another one: -v DIR:/bundle -e RESNET_BUNDLE=/bundle
+# Nothing is fetched at start: the CIFAR-10 bundle is inside. For another one: -v DIR:/bundle -e RESNET_BUNDLE=/bundle,
+# and its engines, if export/build_engines.py has built them on such a host: -v DIR.engines:/bundle.engines
 FROM python:3.13-slim AS base
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 RESNET_HOST=0.0.0.0
 WORKDIR /src
@@ -21,6 +22,6 @@ WORKDIR /
 USER 10001
 
 FROM base AS cpu
-RUN python -m pip install --constraint constraints.txt '.[server,cpu]'
+RUN python -m pip install --constraint constraints.txt '.[server,cpu,openvino]'
 WORKDIR /
 USER 10001

@@ -1,10 +1,13 @@
-# The commands of this repository. CI runs the same ones.
+# The commands of this repository. CI runs the same ones. Python 3.11 or newer; PYTHON=python3.13 for another one.
 #   make serve   set up what serving needs and serve bundles/cifar10 on PORT (default 8000)
+#   make install a development environment in .venv
 #   make test    set up what tests need and run all of them
 #   make check   lint, format and types
 #   make bench   this server beside others; ARGS="bundles/mine --images PHOTOS" for another bundle
 #   make gpu-check        what of this holds on this host's NVIDIA GPU: sets up TensorRT, writes a report in build/
 #   make types-tensorrt   the TensorRT files against the real bindings of TensorRT 11.4; needs a C compiler, no GPU
+#   make constraints      write the versions that are installed in .venv into constraints.txt
+#   make clean            remove the environments and what was built
 PORT ?= 8000
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -14,7 +17,7 @@ DEV = .venv
 PEERS = .venv-peers
 GPU = .venv-gpu
 
-.PHONY: serve install test check bench engines gpu-check types-tensorrt links constraints clean
+.PHONY: serve install test check bench gpu-check types-tensorrt links constraints clean
 
 serve: $(SERVE)/installed
 	RESNET_PORT=$(PORT) $(SERVE)/bin/python -m resnet_ensemble.server
@@ -41,9 +44,6 @@ check: $(DEV)/installed links
 bench: $(DEV)/installed $(PEERS)/installed
 	$(DEV)/bin/python -m benchmarks.serving --peers $(PEERS)/bin/python $(ARGS)
 
-engines: $(DEV)/installed
-	$(DEV)/bin/python export/build_engines.py
-
 BUNDLE ?= bundles/cifar10
 gpu-check:
 	@if $(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null; \
@@ -59,7 +59,7 @@ constraints: $(DEV)/installed
 
 $(SERVE)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(SERVE)
-	$(SERVE)/bin/python $(PIP) --editable '.[server,cpu]'
+	$(SERVE)/bin/python $(PIP) --editable '.[server,cpu,openvino]'
 	touch $@
 
 $(DEV)/installed: pyproject.toml constraints.txt

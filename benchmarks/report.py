@@ -14,10 +14,6 @@ from benchmarks.summary import BARE, OURS, PIPELINE, Cell, Closed, OpenLoop, Ove
 
 CONTENDED = 0.05  # share of the machine that others may take before a measurement is none
 _MIB = 2**20
-_HEADS = (
-    *("workload", "system", "clients", "images/s", "of pipeline", "of bare", "p50 ms", "p95 ms", "p99 ms"),
-    *("CPU ms", "client CPU ms", "RSS MiB", "errors %"),
-)
 _CLOSED_LOOP = (
     "Medians of the rounds; ratios are medians of the rounds' ratios. CPU is per image, of all processes of the server "
     "and of the load generator, which runs on the same cores; RSS is summed over the server's processes."

@@ -12,8 +12,9 @@ JPEGs go in over HTTP, as files of a form. Measured are
     LitServe       with batches of 8, and without (peers/litserve_server.py)
 
 with 1, 8 and 32 clients in closed loops, in interleaved rounds; then in open loops, where requests arrive at random at
-shares of the measured capacity; then at three times the capacity. The other servers compute the same in FP32, with the
-same graphs and views, which is checked before anything is measured.
+shares of the measured capacity; then at four fifths of it for a minute, at even intervals and at random, with a single
+view and with ten crops of all members; then at three times the capacity. The other servers compute the same in FP32,
+with the same graphs and views, which is checked before anything is measured.
 
 Writes serving-NAME.md, .json and .png into benchmarks/results/, unless other processes took more than 5 % of the CPUs
 meanwhile: then the report says that it is none, and lies in build/benchmark/.

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from resnet_ensemble.export import engines, gate, host
 from resnet_ensemble.export.bundle import Member
-from resnet_ensemble.export.engine_store import DECISIVE_BATCH, Choice, EngineStore, Record
+from resnet_ensemble.export.engine_store import Choice, EngineStore, Record
 from resnet_ensemble.export.engines import Engine, EngineLoadError, EngineRunError
 from resnet_ensemble.export.gate import Pictures
 from resnet_ensemble.training.views import make_views
@@ -81,7 +81,7 @@ def _candidates(store: EngineStore, member: Member) -> list[Candidate]:
 
 def _identity(candidates: Sequence[Sequence[Candidate]]) -> str:
     """A hash of what is chosen from, and of what decides."""
-    known = [[(one.key, one.sha256, _rate(one)) for one in of_member if one] for of_member in candidates]
+    known = [[(one.key, one.sha256, one.rate) for one in of_member if one] for of_member in candidates]
     return hashlib.sha256(json.dumps([known, asdict(gate.ENSEMBLE), gate.ERROR_MARGIN]).encode()).hexdigest()
 
 
@@ -95,7 +95,7 @@ def fastest_first(candidates: Sequence[Sequence[Candidate]]) -> Iterator[tuple[C
         return tuple(of_member[place] for of_member, place in zip(candidates, places, strict=True))
 
     def seconds(places: tuple[int, ...]) -> float:
-        return sum(1 / _rate(one) if one else _SLOWEST for one in combination(places))
+        return sum(1 / one.rate if one else _SLOWEST for one in combination(places))
 
     first = (0,) * len(candidates)
     waiting, known = [(seconds(first), first)], {first}
@@ -107,10 +107,6 @@ def fastest_first(candidates: Sequence[Sequence[Candidate]]) -> Iterator[tuple[C
             if place + 1 < len(candidates[i]) and following not in known:
                 known.add(following)
                 heapq.heappush(waiting, (seconds(following), following))
-
-
-def _rate(record: Record) -> float:
-    return record.views_per_second[str(DECISIVE_BATCH)]
 
 
 class _Answers:

@@ -68,6 +68,11 @@ class Record:
     verdict: str  # `passed`, or why not
 
     @property
+    def rate(self) -> float:
+        """Views/s in batches of the size that decides."""
+        return self.views_per_second[str(DECISIVE_BATCH)]
+
+    @property
     def key(self) -> str:
         """Its name in the report."""
         return f"{self.member}/{self.backend}/{self.precision}"
@@ -139,7 +144,7 @@ class EngineStore:
             and (record := self.current(member, name, precision))
             and record.verdict == "passed"
         ]
-        return sorted(found, key=lambda record: record.views_per_second[str(DECISIVE_BATCH)], reverse=True)
+        return sorted(found, key=lambda record: record.rate, reverse=True)
 
     def best(self, member: Member, backend: str | None = None) -> Stored | None:
         """The engine that was chosen for a member, or of one backend, or without a choice, the fastest that passed.

@@ -58,7 +58,7 @@ class Limit:
     agreement: float
     difference: float
     correlation: float
-    unsteadiness: float = 0.05  # on CPUs it is 0; kernels of GPUs, and with them rounding, depend on the batch
+    unsteadiness: float = 0.05  # on CPUs it was 0; kernels of GPUs, and with them rounding, depend on the batch
 
 
 # On 143 photographs, center view, BF16 agreed on 98.6 and 99.3 % (ResNet-18 and 50), with differences up to 0.033.

@@ -365,10 +365,11 @@ def _share(text: str) -> float:
     return value
 
 
-def _backend(settings: Settings) -> str | None:
+def _settings() -> Settings:
+    settings = from_environment()
     if settings.backend == "fake":
         raise SettingsError("thresholds of the fake backend would mean nothing; set RESNET_BACKEND to another one")
-    return None if settings.backend == "auto" else settings.backend
+    return settings
 
 
 def main() -> None:
@@ -385,13 +386,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     try:
-        settings = from_environment()
-        backend = _backend(settings)
+        settings = _settings()
         bundle = Bundle.open(arguments.bundle)
         protocol = arguments.protocol or bundle.manifest.protocol
         calibration.read(bundle)  # a damaged file is found before the long part, and one that can't be written
         check_writable(bundle.path / calibration.FILE)
         pictures = find_pictures(arguments.images, bundle.manifest.labels, settings.max_image_pixels)
+        backend = settings.asked_backend
         engines = [engine_store.open_engine(bundle, member, backend) for member in bundle.manifest.members]
         found = calibrate(
             bundle,

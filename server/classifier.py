@@ -40,7 +40,7 @@ def open_engine(bundle: Bundle, member: Member, settings: Settings, threads: int
     """A member's engine, checked. `threads`: of the CPU, for each run. Raises BundleError, BackendUnavailable."""
     if settings.backend == "fake":
         return FakeEngine(len(bundle.manifest.labels))
-    return engine_store.open_engine(bundle, member, _backend(settings), threads)
+    return engine_store.open_engine(bundle, member, settings.asked_backend, threads)
 
 
 @dataclass
@@ -344,10 +344,6 @@ def refused(error: Overloaded) -> ApiError:
 def hangs() -> ApiError:
     """What a client is told whose image waits for an engine that hangs. Another process may answer."""
     return ApiError("not_ready", "a model does not end what it runs; this process must be restarted", retry_after=1)
-
-
-def _backend(settings: Settings) -> str | None:
-    return None if settings.backend == "auto" else settings.backend
 
 
 def _cost(bundle: Bundle, member: Member, engine: Engine, settings: Settings) -> Cost:

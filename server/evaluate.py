@@ -86,10 +86,12 @@ class _Answer:
 
 def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, list[Example]]:
     """The data set's name, and its pictures. Raises DataError."""
+    if not data.exists():
+        raise DataError(f"there is nothing at {data}")
     pictures = labelled.find(data, labels)
     examples = [Example(file.read, file.label, str(file.path)) for file in pictures if file.label is not None]
     unknown = [file.path for file in pictures if file.label is None]
-    if examples and unknown:  # the error of a part of the data would be taken for that of all
+    if unknown:  # the error of a part of the data would be taken for that of all
         raise DataError(
             f"{len(unknown)} of the {len(pictures)} pictures in {data} are in no folder that is named like a label of "
             f"the bundle; the first is {unknown[0]}"

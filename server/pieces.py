@@ -31,7 +31,10 @@ _PIXELS, _END = (b"IDAT", b"fdAT", b"fcTL"), b"IEND"
 
 
 def check(content: bytes) -> None:
-    """Raise ApiError if a JPEG or a PNG has too many pieces. What else it is, and whether it is sound, decoders say."""
+    """Raise ApiError if a JPEG or a PNG has too many pieces; GIFs are counted as they are read.
+
+    What else it is, and whether it is sound, decoders say.
+    """
     if content.startswith(_JPEG):
         _check_jpeg(content)
     elif content.startswith(_PNG):

@@ -98,7 +98,7 @@ class Scheduler:
     - decoders: images that are decoded side by side
     - shared: whether engines run on the cores that decode
     - probes: of each member, views uint8 (n, h, w, 3) that a sound engine answers
-    - reopen: opens a member's engine anew; without it, an engine that dies stays dead
+    - reopen: opens a member's engine anew
     - run_limit: seconds after which a run hangs (hangs.py)
     """
 

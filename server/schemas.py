@@ -70,7 +70,7 @@ class MemberVote(ClassProbability):
 
 
 class Timings(BaseModel):
-    """Milliseconds by stage. `queue`: waiting for an engine; `inference`: from the first engine run to the last."""
+    """Milliseconds by stage. `queue`: waiting for decoders and engines; `inference`: from the first run to the last."""
 
     decode: float
     views: float

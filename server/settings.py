@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     protocol: ProtocolName | None = None
     """Which views are averaged where a request does not say it; by default what the bundle says."""
     stop: StopRuleName = "full"
-    """When an image is done where a request does not say it: after all views, or once its class is certain."""
+    """When an image is done where a request does not say it: after all views, once its class is certain, or likely."""
     timeout_seconds: float = Field(default=300.0, gt=0, le=3600)
     """How long an answer may take where a request has no X-Request-Timeout; then it is 504."""
     engine_timeout_seconds: float = Field(default=60.0, gt=0, le=86400)
@@ -72,6 +72,11 @@ class Settings(BaseSettings):
     """What POST /admin/reload wants as `Authorization: Bearer KEY`; without a key there is no /admin."""
     reload_from: Path | None = None
     """The folder whose bundles a request to /admin/reload may name; without it only the served one is loaded again."""
+
+    @property
+    def asked_backend(self) -> str | None:
+        """The one that is asked for by name; None: whatever build_engines found best."""
+        return None if self.backend == "auto" else self.backend
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

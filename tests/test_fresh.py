@@ -101,4 +101,4 @@ def test_the_dockerfile_s_commands_install_serve_and_check_health(checkout: Path
 def test_the_gpu_target_differs_from_the_cpu_target_only_in_its_extra(root: Path) -> None:
     _, gpu, cpu = re.split(r"^FROM base AS (?:gpu|cpu)$", (root / "Dockerfile").read_text(), flags=re.MULTILINE)
 
-    assert gpu.replace("[server,gpu]", "[server,cpu]").strip() == cpu.strip()
+    assert gpu.replace("[server,gpu]", "[server,cpu,openvino]").strip() == cpu.strip()

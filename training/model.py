@@ -30,9 +30,6 @@ Stride = Literal["v1", "v1.5"]
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 EXPANSION = 4  # a bottleneck gives four times the filters of its 3x3 convolution
 
-# Table 6, in millions of parameters.
-CIFAR_PARAMETERS = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7, 1202: 19.4}
-
 
 class SubsampleAndPad(nn.Module):
     """Option A: subsample by the stride and append zero channels. It has no parameters."""

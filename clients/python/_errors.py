@@ -5,7 +5,7 @@ ResnetError
 │   └── TimedOutError             no answer in time
 ├── ResponseError                 something answered, but not a resnet-ensemble server
 └── StatusError                   the server answered with a problem: status, code, detail, request_id
-    ├── BadRequestError           400, 404, 405, 408
+    ├── BadRequestError           400, 404, 405, 408, 409, 431
     ├── AuthenticationError       401, 403  a gateway wants another key
     ├── TooLargeError             413  bytes or pixels
     ├── UnsupportedImageError     415  not an image in a supported format
@@ -13,7 +13,7 @@ ResnetError
     ├── QuotaExceededError        429  this client has too many images in progress
     └── ServerError               5xx
         ├── OverloadedError       503  the server is busy
-        └── NotReadyError         503  the server is still starting
+        └── NotReadyError         503  the server starts or stops, or an engine is down
 """
 
 
@@ -57,7 +57,7 @@ class StatusError(ResnetError):
 
 
 class BadRequestError(StatusError):
-    """The request is wrong in form: 400, 404, 405, 408."""
+    """The request is wrong in form, or asks for what the server has not: 400, 404, 405, 408, 409, 431."""
 
 
 class AuthenticationError(StatusError):
@@ -89,7 +89,7 @@ class OverloadedError(ServerError):
 
 
 class NotReadyError(ServerError):
-    """503: the server is still starting."""
+    """503: the server starts or stops, or an engine is down."""
 
 
 _BY_CODE: dict[str, type[StatusError]] = {"overloaded": OverloadedError, "not_ready": NotReadyError}

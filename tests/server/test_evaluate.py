@@ -86,9 +86,14 @@ def test_a_part_of_the_images_has_all_labels() -> None:
     assert evaluate.spread(examples, None) == evaluate.spread(examples, 100) == examples
 
 
-def test_data_of_other_labels_is_refused(tmp_path: Path) -> None:
+def test_data_of_other_labels_is_refused(tmp_path: Path, png: Png, pair: Bundle) -> None:
+    with pytest.raises(cifar.DataError, match=r"there is nothing at .*missing"):
+        evaluate.read(tmp_path / "missing", "val", ("left", "right"))
     with pytest.raises(cifar.DataError, match="named like a label"):
         evaluate.read(tmp_path, "val", ("left", "right"))
+    (tmp_path / "1.png").write_bytes(png())
+    with pytest.raises(cifar.DataError, match=r"1 of the 1 pictures in .* are in no folder that is named like a label"):
+        evaluate.read(tmp_path, "val", pair.manifest.labels)
 
 
 def test_a_folder_for_each_label_is_read_and_what_is_no_picture_left_alone(

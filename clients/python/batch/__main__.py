@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ray", metavar="N", type=_positive, help="in so many actors of Ray, on its cluster or here")
     how = parser.add_argument_group("how")
     how.add_argument("--top-k", type=_positive, default=Job.top_k, help="classes in a row (default: %(default)s)")
-    how.add_argument("--protocol", help="which views to average (default: the bundle's own)")
+    how.add_argument("--protocol", help="which views to average (default: the server's own)")
     how.add_argument("--stop", help="when to stop evaluating views (default: the server's own)")
     how.add_argument(
         "--max-concurrency", type=_positive, default=Job.max_concurrency,
