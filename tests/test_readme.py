@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.contestants import CENTER, EVERY, LITSERVE, LITSERVE_SINGLE, NAIVE, NAIVE_SAME
+from benchmarks.summary import OURS, Round, median
 from resnet_ensemble.client.batch import COLUMNS
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.server.errors import KINDS
@@ -117,6 +119,44 @@ def test_the_errors_are_those_recorded_in_the_bundle(readme: str, shipped: Bundl
     assert {"center", "10crop"} <= {m.protocol for m in recorded}
     assert [m for m in recorded if f"{m.top1_error:.2f}" not in readme] == []
     assert all(m.images == 5000 for m in recorded)
+
+
+SYSTEMS = {
+    "this server": OURS,
+    "FastAPI and ONNX Runtime, as one writes it first": NAIVE,
+    "the same, one thread a run": NAIVE_SAME,
+    "LitServe, batches of 8": LITSERVE,
+    "LitServe without batches": LITSERVE_SINGLE,
+}
+
+
+def tables(readme: str) -> dict[str, list[list[str]]]:
+    """The cells of each table's rows, by its first cell."""
+    found = re.findall(r"(?:^\|.*\|\n)+", readme, re.MULTILINE)
+    rows = [[[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()] for table in found]
+    return {table[0][0]: table for table in rows}
+
+
+def test_the_speeds_are_those_of_the_report(readme: str, root: Path) -> None:
+    report = json.loads((root / "benchmarks" / "results" / "serving-cifar10.json").read_text())
+    closed = {
+        (c["workload"], c["system"], c["clients"]): median([Round(**r) for r in c["rounds"]]) for c in report["closed"]
+    }
+    opened = {(one["system"], f"{one['rate']:.0f}/s"): f"{1000 * one['p99']:,.0f}" for one in report["open"]}
+    read = tables(readme)
+
+    compared = 0
+    for title, workload in (("images/s (p99 in ms)", CENTER), ("all four members, one view", EVERY)):
+        for name, *cells in read[title][2:]:
+            found = [closed[workload, SYSTEMS[name], clients] for clients in (1, 8, 32)]
+            assert cells == [f"{one.rate:.0f} ({1000 * one.p99:.0f})" for one in found]
+            compared += 1
+    heads, _, *rows = read["one member, p99 in ms, arrivals at random"]
+    for name, *cells in rows:
+        assert cells == [opened[SYSTEMS[name], rate] for rate in heads[1:]]
+        compared += 1
+    assert compared == 13
+    assert report["about"]["date"] in readme
 
 
 def test_every_problem_code_is_listed(readme: str) -> None:
