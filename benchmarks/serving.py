@@ -69,6 +69,7 @@ def measure(bundle: Path, images: Path | None, peers: str, extent: Extent) -> Re
             "machine": f"{host.cpu().split(' avx')[0]}, {host.cores()} cores, {platform.system()}",
             "software": f"Python {platform.python_version()}; {_versions(sys.executable)}",
             "other servers": _versions(peers),
+            "command": " ".join(["python -m benchmarks.serving", *(Path(word).name or word for word in sys.argv[1:])]),
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
             "n": f"{extent.rounds} interleaved rounds of {extent.seconds:g} s a cell, each with new processes, of "
             f"single views {extent.rounds * extent.parts} of {extent.seconds / extent.parts:g} s and every picture at "
