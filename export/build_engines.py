@@ -49,7 +49,7 @@ from resnet_ensemble.export.build_report import Row
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
 from resnet_ensemble.export.choice import choose
 from resnet_ensemble.export.declared import WeightsError
-from resnet_ensemble.export.engine_store import EngineStore, Record, Stored, fingerprint, tolerance
+from resnet_ensemble.export.engine_store import TIMED_BATCHES, EngineStore, Record, Stored, fingerprint, tolerance
 from resnet_ensemble.export.engines import (
     CALIBRATED,
     Device,
@@ -66,7 +66,6 @@ from resnet_ensemble.export.quantize import Calibration
 from resnet_ensemble.export.triton_repository import Plan
 
 SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
-TIMED_BATCHES = (1, 10, 40)
 SECONDS_PER_TIMING = 0.4
 
 

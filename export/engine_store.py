@@ -28,7 +28,8 @@ from resnet_ensemble.training.files import read_regular, write_together
 log = logging.getLogger(__name__)
 
 REPORT = "engines.json"
-# The batch size whose rate decides which engine is the fastest.
+# Views in the batches that engines are timed with, and those whose rate decides which engine is the fastest.
+TIMED_BATCHES = (1, 10, 40)
 DECISIVE_BATCH = 10
 # What else makes an engine and judges it; all of it is in its fingerprint.
 _GATES = tuple(Path(__file__).with_name(name) for name in ("quantize.py", "precisions.py", "gate.py"))

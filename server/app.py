@@ -29,7 +29,7 @@ from resnet_ensemble.server.schemas import (
     Status,
 )
 from resnet_ensemble.server.service import Service
-from resnet_ensemble.server.stopping import CALIBRATED, RULES
+from resnet_ensemble.server.stopping import CALIBRATED
 from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes
 
 NOT_OF_PREDICT = ("not_found", "method_not_allowed", "invalid_tensor", *admin.ONLY_HERE)
@@ -43,12 +43,10 @@ def _described(schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": schema["description"], "schema": schema}
 
 
+_OPTIONS = Options.model_json_schema()["properties"]
 _PREDICT = {
     "parameters": [
-        *(
-            {"name": name, "in": "query", "required": False, **_described(schema)}
-            for name, schema in Options.model_json_schema()["properties"].items()
-        ),
+        *({"name": name, "in": "query", "required": False, **_described(schema)} for name, schema in _OPTIONS.items()),
         {"name": TIMEOUT, "in": "header", "required": False, **_described(TypeAdapter(Timeout).json_schema())},
     ],
     "requestBody": {
@@ -61,10 +59,7 @@ _PREDICT = {
                     "required": ["image"],
                     "properties": {
                         "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
-                        "top_k": {"type": "integer", "minimum": 1, "maximum": 1000},
-                        "protocol": {"type": "string", "enum": list(ALL_PROTOCOLS)},
-                        "stop": {"type": "string", "enum": [*RULES, CALIBRATED]},
-                        "abstain_below": {"type": "number", "minimum": 0, "maximum": 1},
+                        **_OPTIONS,
                     },
                     "additionalProperties": False,
                 },

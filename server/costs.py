@@ -8,11 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ensemble.export.bundle import Bundle, Member
-from resnet_ensemble.export.engine_store import EngineStore
+from resnet_ensemble.export.engine_store import TIMED_BATCHES, EngineStore
 from resnet_ensemble.export.engines import Engine, EngineInfo
 
-# As export/build_engines.py times engines.
-SIZES = (1, 10, 40)
 # Runs of a size that are timed, as far as they fit into so many seconds. The shortest counts: others were interrupted.
 # Sizes take turns, so that what interrupts does not hit all runs of one.
 _RUNS, _TIMED = 5, 0.05
@@ -54,10 +52,10 @@ def recorded(bundle: Bundle, member: Member, engine: EngineInfo) -> dict[int, fl
 
 
 def measure(engine: Engine, side: int, largest: int | None = None) -> dict[int, float]:
-    """Run an engine on square views: seconds of a run by batch size. None is larger than SIZES, whatever is allowed."""
+    """Run an engine on square views: seconds of a run by batch size, 40 at most whatever is allowed."""
     timings: dict[int, list[float]] = {}
-    largest = SIZES[-1] if largest is None else min(largest, SIZES[-1])
-    for size in sorted({*(size for size in SIZES if size < largest), largest}):
+    largest = TIMED_BATCHES[-1] if largest is None else min(largest, TIMED_BATCHES[-1])
+    for size in sorted({*(size for size in TIMED_BATCHES if size < largest), largest}):
         engine.run(_views(size, side))
         timings[size] = [_seconds(engine, _views(size, side))]
         if timings[size][0] > _LONG_RUN:

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from resnet_ensemble.export import gate
-from resnet_ensemble.export.build_engines import TIMED_BATCHES
 from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.engine_store import TIMED_BATCHES
 from resnet_ensemble.export.engines import Precision, tensorrt_profiles
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.export.gate import CalibrationError, Finding
