@@ -157,19 +157,36 @@ def network_of(state: dict[str, Tensor], stride_at: Stride = "v1.5") -> tuple[st
         name, network = f"resnet{depth}", cifar_network(depth, classes=classes, shortcut=shortcut)
     else:
         raise WeightsError(f"a first convolution of {tuple(stem)} and {blocks} blocks are no network of the paper")
+    _load(name, network, state)
+    return name, network.eval()
+
+
+def _load(name: str, network: ResNet, state: dict[str, Tensor]) -> None:
+    """Give a network its weights. Raises WeightsError, also for what PyTorch would cast or take without a word."""
+    # How many batches the statistics are of is an integer, and not used.
+    learned = [key for key, tensor in network.state_dict().items() if tensor.is_floating_point()]
+    for key in learned:
+        if key in state and not state[key].is_floating_point():
+            raise WeightsError(f"{key} is {state[key].dtype}; weights must be floating point")
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(f"these weights look like {name} but don't fit it: {reason}") from None
-    return name, network.eval()
+    loaded = network.state_dict()
+    for key in learned:
+        if not loaded[key].isfinite().all():
+            raise WeightsError(f"{key} has values that are not finite; no picture can be classified with it")
 
 
 def _from_file(path: Path, stride_at: Stride, labels: tuple[str, ...] | None) -> Source:
     state = _state(path)
     if published := _published(hashlib.sha256(path.read_bytes()).hexdigest()):
         return _of_torchvision(published, state)
-    name, network = network_of(state, stride_at)
+    try:
+        name, network = network_of(state, stride_at)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
     classes = network.get_submodule("fc").get_parameter("weight").shape[0]
     known = labels or (IMAGENET_LABELS if classes == len(IMAGENET_LABELS) else None)
     if known is None or len(known) != classes:

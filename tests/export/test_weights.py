@@ -221,6 +221,36 @@ def test_weights_that_almost_fit_are_refused(theirs: torch.nn.Module) -> None:
         weights.network_of(state)
 
 
+@pytest.mark.parametrize("name", ["conv1.weight", "layer2.0.bn1.running_var", "fc.bias"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.to(torch.int8), "is torch.int8; weights must be floating point"),
+        (lambda tensor: tensor.to(torch.complex64), "is torch.complex64; weights must be floating point"),
+        (lambda tensor: tensor * torch.nan, "has values that are not finite"),
+        (lambda tensor: tensor.double() + 1e300, "has values that are not finite"),  # in float32
+    ],
+    ids=["integers", "complex", "not a number", "infinite"],
+)
+def test_weights_that_would_be_cast_or_are_not_finite_are_named(
+    tmp_path: Path, theirs: torch.nn.Module, name: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    state = theirs.state_dict()
+    torch.save(state | {name: change(state[name])}, tmp_path / "r.pth")
+
+    with pytest.raises(WeightsError, match=rf"r\.pth: {name} {message}"):
+        weights.read(str(tmp_path / "r.pth"), labels=LABELS)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_another_floating_point_are_those_of_the_network(theirs: torch.nn.Module, kind: torch.dtype) -> None:
+    state = {name: tensor.to(kind) for name, tensor in theirs.state_dict().items()}
+
+    _, network = weights.network_of(state)
+
+    assert torch.allclose(logits(network), logits(theirs), atol=0.05)
+
+
 def test_torchvision_s_weights_come_with_their_own_preprocessing_and_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     state = torchvision.models.resnet50().state_dict()
     monkeypatch.setattr(ResNet50_Weights, "get_state_dict", lambda *_, **__: state)
