@@ -5,9 +5,11 @@
     resnet50:IMAGENET1K_V2         torchvision's own, downloaded (and kept by torch.hub)
 
 The network is read off the tensors: depth, kind of block, shortcuts, classes. A file that torchvision published is
-known by its hash, and has the preprocessing and the accuracy that it has by name. What others can't tell has
-torchvision's values unless it is given: the stride in the 3x3 (v1.5), a crop of 224 from a shorter side of 256,
-ImageNet's mean and standard deviation, and for 1000 classes ImageNet's names.
+known by its hash, and has the preprocessing and the accuracy that it has by name. What others can't tell, unless it is
+given, is torchvision's for ImageNet's networks: the stride in the 3x3 (v1.5), a crop of 224 from a shorter side of 256,
+ImageNet's mean and standard deviation, and for 1000 classes ImageNet's names. For those of CIFAR it is our recipes': a
+crop of 32 from 32 pixels and 2 around them, CIFAR-10's mean, standard deviation and 10 names, or CIFAR-100's for 100
+classes.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from resnet_ensemble.training import checkpoint, cifar
 from resnet_ensemble.training.checkpoint import Checkpoint
 from resnet_ensemble.training.model import BLOCKS, ResNet, Shortcut, Stride, imagenet
 from resnet_ensemble.training.model import cifar as cifar_network
-from resnet_ensemble.training.recipes import new_network
+from resnet_ensemble.training.recipes import RECIPES, new_network
 from resnet_ensemble.training.views import Preprocessing
 
 IMAGENET = Preprocessing(resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -188,11 +190,22 @@ def _from_file(path: Path, stride_at: Stride, labels: tuple[str, ...] | None) ->
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     classes = network.get_submodule("fc").get_parameter("weight").shape[0]
-    known = labels or (IMAGENET_LABELS if classes == len(IMAGENET_LABELS) else None)
+    dataset, seen, usual = _usual(network, classes)
+    known = labels or (usual if classes == len(usual) else None)
     if known is None or len(known) != classes:
         found = "no names are given" if known is None else f"{len(known)} names are given"
         raise WeightsError(f"{path} has {classes} classes and {found}; name them, one a line: --labels FILE")
-    return Source(name, network, IMAGENET, known, "imagenet", recipe={"weights": path.name, "stride_at": stride_at})
+    # CIFAR's files calibrate what has CIFAR's names; anything else takes pictures.
+    dataset = dataset if known == usual else "imagenet"
+    return Source(name, network, seen, known, dataset, recipe={"weights": path.name, "stride_at": stride_at})
+
+
+def _usual(network: ResNet, classes: int) -> tuple[str, Preprocessing, tuple[str, ...]]:
+    """The data set that such a network is for, how it sees a picture, and the names of its classes."""
+    if network.conv1.kernel_size == (7, 7):
+        return "imagenet", IMAGENET, IMAGENET_LABELS
+    dataset = "cifar100" if classes == 100 else "cifar10"
+    return dataset, RECIPES[f"resnet20-{dataset}"].preprocessing, cifar.DATASETS[dataset].labels
 
 
 def _published(sha256: str) -> WeightsEnum | None:

@@ -17,6 +17,7 @@ from resnet_ensemble.export import weights
 from resnet_ensemble.export.declared import WeightsError
 from resnet_ensemble.export.weights import IMAGENET, IMAGENET_LABELS
 from resnet_ensemble.training import checkpoint
+from resnet_ensemble.training import cifar as cifar_files
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch
 from resnet_ensemble.training.model import Shortcut, cifar, imagenet
 from resnet_ensemble.training.recipes import RECIPES, new_network
@@ -93,6 +94,31 @@ def test_a_thousand_classes_are_imagenet_s(tmp_path: Path) -> None:
     labels = weights.read(str(tmp_path / "r.pth")).labels
 
     assert (len(labels), labels[0], labels[207], labels[999]) == (1000, "tench", "golden retriever", "toilet tissue")
+
+
+@pytest.mark.parametrize(("classes", "dataset"), [(10, cifar_files.CIFAR10), (100, cifar_files.CIFAR100)])
+def test_networks_for_cifar_see_pictures_as_our_recipes_do_and_have_its_names(
+    tmp_path: Path, classes: int, dataset: cifar_files.Dataset
+) -> None:
+    torch.save(cifar(20, classes=classes).state_dict(), tmp_path / "r.pth")
+
+    source = weights.read(str(tmp_path / "r.pth"))
+
+    assert source.labels == dataset.labels
+    assert cifar_files.DATASETS[source.dataset] is dataset
+    assert source.preprocessing == RECIPES[f"resnet20-{source.dataset}"].preprocessing
+    assert (source.preprocessing.resize, source.preprocessing.crop, source.preprocessing.padding) == (32, 32, 2)
+
+
+def test_a_network_for_cifar_with_other_names_is_of_other_pictures(tmp_path: Path) -> None:
+    torch.save(cifar(20, classes=7).state_dict(), tmp_path / "r.pth")
+
+    source = weights.read(str(tmp_path / "r.pth"), labels=LABELS)
+
+    assert (source.labels, source.dataset) == (LABELS, "imagenet")
+    assert source.preprocessing == RECIPES["resnet20-cifar10"].preprocessing
+    with pytest.raises(WeightsError, match="7 classes and no names are given"):
+        weights.read(str(tmp_path / "r.pth"))
 
 
 def test_name_and_preprocessing_can_be_given(tmp_path: Path, theirs: torch.nn.Module) -> None:
