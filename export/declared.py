@@ -5,6 +5,7 @@
     members = [
       { weights = "resnet50:IMAGENET1K_V2" },        # export/weights.py says what may stand here
       { weights = "mine.pth", name = "mine", resize = 232, crop = 224, stride = "v1" },
+      { weights = "plain20.pth", shortcut = "plain" },  # without projections, a state dict is taken for option A's
     ]
 
 Paths are relative to the current folder.
@@ -39,6 +40,7 @@ class DeclaredMember(_Part):
     weights: str
     name: Name | None = None
     stride: Literal["v1", "v1.5"] = "v1.5"  # training.model's Stride
+    shortcut: Literal["A", "plain"] = "A"  # of training.model's Shortcut, those that the tensors don't tell
     resize: int | None = None
     crop: int | None = None
     padding: int | None = None

@@ -4,12 +4,12 @@
     resnet50.pth, resnet50.safetensors   a state dict with torchvision's names, ours or anyone's
     resnet50:IMAGENET1K_V2         torchvision's own, downloaded (and kept by torch.hub)
 
-The network is read off the tensors: depth, kind of block, shortcuts, classes. A file that torchvision published is
+The network is read off the tensors: depth, kind of block, projections, classes. A file that torchvision published is
 known by its hash, and has the preprocessing and the accuracy that it has by name. What others can't tell, unless it is
 given, is torchvision's for ImageNet's networks: the stride in the 3x3 (v1.5), a crop of 224 from a shorter side of 256,
 ImageNet's mean and standard deviation, and for 1000 classes ImageNet's names. For those of CIFAR it is our recipes': a
 crop of 32 from 32 pixels and 2 around them, CIFAR-10's mean, standard deviation and 10 names, or CIFAR-100's for 100
-classes.
+classes. Without projections a network has option A's shortcuts, unless it is declared to be plain.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -39,6 +39,7 @@ from resnet_ensemble.training.views import Preprocessing
 IMAGENET = Preprocessing(resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # In the order of the WordNet ids, as everywhere.
 IMAGENET_LABELS = tuple(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+Unprojected = Literal["A", "plain"]
 # Where other people's training scripts put the state dict, and what they and PyTorch's wrappers put before each name.
 NESTED = ("state_dict", "model", "model_state_dict", "net")
 PREFIXES = re.compile(r"^((module|_orig_mod|model)\.)+")
@@ -69,7 +70,14 @@ def read_all(declared: Declared) -> list[Source]:
 def _read_member(member: DeclaredMember, labels: tuple[str, ...] | None) -> Source:
     fields = ("resize", "crop", "padding", "mean", "std")
     given = {field: value for field in fields if (value := getattr(member, field)) is not None}
-    return read(member.weights, name=member.name, preprocessing=given, labels=labels, stride_at=member.stride)
+    return read(
+        member.weights,
+        name=member.name,
+        preprocessing=given,
+        labels=labels,
+        stride_at=member.stride,
+        unprojected=member.shortcut,
+    )
 
 
 def read(
@@ -79,17 +87,19 @@ def read(
     preprocessing: Mapping[str, Any] | None = None,
     labels: tuple[str, ...] | None = None,
     stride_at: Stride = "v1.5",
+    unprojected: Unprojected = "A",
 ) -> Source:
     """A member's weights; what is given here wins over what they say. Raises WeightsError, CheckpointError.
 
-    `preprocessing`: the fields of it that are given.
+    - preprocessing: the fields of it that are given
+    - stride_at, unprojected: of a state dict, which does not tell them
     """
     if re.fullmatch(r"resnet\d+:\w+", text):
         source = _from_torchvision(text)
     elif Path(text).is_dir() or _is_checkpoint(Path(text)):
         source = from_checkpoint(checkpoint.load(Path(text)))
     else:
-        source = _from_file(Path(text), stride_at, labels)
+        source = _from_file(Path(text), stride_at, unprojected, labels)
     try:
         seen = replace(source.preprocessing, **preprocessing or {})
     except ValueError as error:
@@ -134,8 +144,13 @@ def from_checkpoint(saved: Checkpoint) -> Source:
     )
 
 
-def network_of(state: dict[str, Tensor], stride_at: Stride = "v1.5") -> tuple[str, ResNet]:
-    """The name and the network of a state dict with torchvision's names. Raises WeightsError."""
+def network_of(
+    state: dict[str, Tensor], stride_at: Stride = "v1.5", unprojected: Unprojected = "A"
+) -> tuple[str, ResNet]:
+    """The name and the network of a state dict with torchvision's names. Raises WeightsError.
+
+    `unprojected`: the shortcuts of a network that has no projections.
+    """
     try:
         stem, classes = state["conv1.weight"].shape, int(state["fc.bias"].numel())
     except KeyError as missing:
@@ -144,19 +159,20 @@ def network_of(state: dict[str, Tensor], stride_at: Stride = "v1.5") -> tuple[st
         raise WeightsError("a softmax of one class is always 1: weights of two classes or more can be served")
     stages = [_count(state, stage) for stage in (1, 2, 3, 4)]
     blocks = tuple(count for count in stages if count)
-    shortcut = _shortcut(state)
+    shortcut = _shortcut(state, unprojected)
+    kind = "plain" if shortcut == "plain" else "resnet"
     if stem[2:] == (7, 7):
         deep = "layer1.0.conv3.weight" in state
         depths = [depth for depth, known in BLOCKS.items() if known == blocks and (depth >= 50) == deep]
         if not depths:
             raise WeightsError(f"no network of Table 1 has {blocks} blocks")
         name, network = (
-            f"resnet{depths[0]}",
+            f"{kind}{depths[0]}",
             imagenet(depths[0], classes=classes, shortcut=shortcut, stride_at=stride_at),
         )
     elif stem == (16, 3, 3, 3) and len(set(blocks)) == 1 and len(blocks) == 3:
         depth = 6 * blocks[0] + 2
-        name, network = f"resnet{depth}", cifar_network(depth, classes=classes, shortcut=shortcut)
+        name, network = f"{kind}{depth}", cifar_network(depth, classes=classes, shortcut=shortcut)
     else:
         raise WeightsError(f"a first convolution of {tuple(stem)} and {blocks} blocks are no network of the paper")
     _load(name, network, state)
@@ -181,12 +197,12 @@ def _load(name: str, network: ResNet, state: dict[str, Tensor]) -> None:
             raise WeightsError(f"{key} has values that are not finite; no picture can be classified with it")
 
 
-def _from_file(path: Path, stride_at: Stride, labels: tuple[str, ...] | None) -> Source:
+def _from_file(path: Path, stride_at: Stride, unprojected: Unprojected, labels: tuple[str, ...] | None) -> Source:
     state = _state(path)
     if published := _published(hashlib.sha256(path.read_bytes()).hexdigest()):
         return _of_torchvision(published, state)
     try:
-        name, network = network_of(state, stride_at)
+        name, network = network_of(state, stride_at, unprojected)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     classes = network.get_submodule("fc").get_parameter("weight").shape[0]
@@ -297,11 +313,13 @@ def _count(state: dict[str, Tensor], stage: int) -> int:
     return len({name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")})
 
 
-def _shortcut(state: dict[str, Tensor]) -> Shortcut:
-    """Options B and C have projections. A and a plain network have none: such files are taken for A."""
-    if "layer1.1.downsample.0.weight" in state:
-        return "C"
-    return "B" if any("downsample" in name for name in state) else "A"
+def _shortcut(state: dict[str, Tensor], unprojected: Unprojected) -> Shortcut:
+    """Options B and C have projections; A and a plain network have none."""
+    if not any("downsample" in name for name in state):
+        return unprojected
+    if unprojected == "plain":
+        raise WeightsError("a plain network has no shortcuts, and these weights have projections")
+    return "C" if "layer1.1.downsample.0.weight" in state else "B"
 
 
 def _some(state: dict[str, Tensor]) -> str:

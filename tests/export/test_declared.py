@@ -6,7 +6,7 @@ import torch
 from resnet_ensemble.export import declared
 from resnet_ensemble.export.declared import FOLDER, WeightsError
 from resnet_ensemble.export.weights import read_all
-from resnet_ensemble.training.model import imagenet
+from resnet_ensemble.training.model import cifar, imagenet
 
 
 def write(path: Path, text: str) -> str:
@@ -52,6 +52,16 @@ def test_someone_s_own_ensemble_is_read_with_all_that_it_says(tmp_path: Path) ->
     assert (second.preprocessing.crop, second.preprocessing.std) == (224, (0.5, 0.5, 0.5))
 
 
+def test_a_plain_network_is_declared_as_one(tmp_path: Path) -> None:
+    torch.save(cifar(20, shortcut="plain").state_dict(), tmp_path / "a.pth")
+    members = f'members = [{{ weights = "{tmp_path}/a.pth", shortcut = "plain" }}]'
+
+    (source,) = read_all(declared.load(write(tmp_path / "mine.toml", members)))
+
+    assert source.name == "plain20"
+    assert source.network.layer1[0].downsample is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -60,6 +70,7 @@ def test_someone_s_own_ensemble_is_read_with_all_that_it_says(tmp_path: Path) ->
         ('members = [{ weight = "x" }]', r"members\.0\.weights: Field required"),
         ('members = [{ weights = "x" }]\nprotocol = "20crop"', "protocol: .*no protocol named"),
         ('members = [{ weights = "x", stride = "v2" }]', r"members\.0\.stride"),
+        ('members = [{ weights = "x", shortcut = "B" }]', r"members\.0\.shortcut"),  # the tensors tell
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:

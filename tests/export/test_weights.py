@@ -4,6 +4,7 @@ import argparse
 import urllib.error
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,22 @@ def test_the_stride_can_be_given() -> None:
 
     assert torch.equal(logits(v1), logits(made))
     assert not torch.equal(logits(weights.network_of(made.state_dict())[1]), logits(made))
+
+
+@pytest.mark.parametrize("make", [partial(imagenet, 18), partial(cifar, 20)])
+def test_a_plain_network_is_one_if_that_is_said(make: Callable[..., torch.nn.Module]) -> None:
+    made = make(classes=5, shortcut="plain").eval()
+
+    name, plain = weights.network_of(made.state_dict(), unprojected="plain")
+
+    assert name in ("plain18", "plain20")
+    assert torch.equal(logits(plain), logits(made))
+    assert not torch.equal(logits(weights.network_of(made.state_dict())[1]), logits(made))
+
+
+def test_a_network_with_projections_is_no_plain_one() -> None:
+    with pytest.raises(WeightsError, match="these weights have projections"):
+        weights.network_of(imagenet(18).state_dict(), unprojected="plain")
 
 
 FORMS: dict[str, Callable[[dict[str, Tensor]], object]] = {
