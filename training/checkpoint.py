@@ -72,6 +72,7 @@ class Checkpoint:
       network, then of what is evaluated
     - mean_image: float (h, w, 3) in 0 to 1, if the recipe subtracts one
     - loss_scale: of fp16
+    - finished: whether its run has come to its end, which a best checkpoint need not be of
     """
 
     recipe: Recipe
@@ -90,6 +91,11 @@ class Checkpoint:
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Replace the file at `path` atomically."""
+    write_atomically(path, to_bytes(checkpoint))
+
+
+def to_bytes(checkpoint: Checkpoint) -> bytes:
+    """What `load` reads."""
     about = {
         "format": FORMAT,
         "recipe": asdict(checkpoint.recipe),
@@ -106,7 +112,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     single = {"mean_image": checkpoint.mean_image, "statistics": checkpoint.statistics}
     tensors |= {name: tensor for name, tensor in single.items() if tensor is not None}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors.torch.save(contiguous, metadata={"resnet_ensemble": json.dumps(about)}))
+    return safetensors.torch.save(contiguous, metadata={"resnet_ensemble": json.dumps(about)})
 
 
 def load(path: Path) -> Checkpoint:

@@ -2,42 +2,60 @@
 
 import csv
 import io
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from resnet_ensemble.training import checkpoint, plot
-from resnet_ensemble.training.checkpoint import Checkpoint, Epoch
-from resnet_ensemble.training.files import write_atomically
+from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch
+from resnet_ensemble.training.files import write_together
 
 
 def write(folder: Path, saved: Checkpoint) -> None:
-    """The last checkpoint; after an epoch the log too, and the best checkpoint if it is it."""
-    if saved.history and not saved.progress.steps:
+    """The last checkpoint; after an epoch the log too, and the best checkpoint if it is it; in the end a plot.
+
+    If the disk is full, none of them is replaced: a log that is ahead would tell of what is then trained again.
+    """
+    files: dict[Path, bytes] = {}
+    epoch_ended = saved.history and not saved.progress.steps
+    if epoch_ended:
+        files[folder / "log.csv"] = _log(saved.history)
+        if saved.history[-1].val_error <= min(epoch.val_error for epoch in saved.history):
+            best = replace(saved, momentum={}, trained={})
+            files[folder / "best.safetensors"] = checkpoint.to_bytes(best)
+        if saved.finished:
+            columns = ("epoch", "train_error", "val_error")
+            log = {name: [float(getattr(epoch, name)) for epoch in saved.history] for name in columns}
+            files[folder / "errors.png"] = plot.draw([{saved.recipe.name: log}])
+    files[folder / "checkpoint.safetensors"] = checkpoint.to_bytes(saved)
+    write_together(files)
+    if epoch_ended:
         last = saved.history[-1]
-        _write_log(folder / "log.csv", saved.history)
-        # One event file an epoch: what was written before a kill, and is trained again, is replaced.
+        # One event file an epoch: what is there of a run that was begun anew is replaced.
         with SummaryWriter(str(folder / "tensorboard"), purge_step=last.epoch) as board:
             for name in ("learning_rate", "train_loss", "train_error", "val_error", "val_top5_error"):
                 board.add_scalar(name, getattr(last, name), last.epoch)
-        if last.val_error <= min(epoch.val_error for epoch in saved.history):
-            checkpoint.save(folder / "best.safetensors", replace(saved, momentum={}, trained={}))
-        if saved.finished:
-            drawn = plot.draw([{saved.recipe.name: plot.read(folder / "log.csv")}])
-            write_atomically(folder / "errors.png", drawn)
         print(
             f"{saved.recipe.name} epoch {last.epoch}: train {last.train_error:.2f} %, val {last.val_error:.2f} %",
             flush=True,
         )
-    checkpoint.save(folder / "checkpoint.safetensors", saved)
 
 
-def _write_log(path: Path, history: tuple[Epoch, ...]) -> None:
+def finish(folder: Path) -> None:
+    """Let the best checkpoint say, too, that its run has come to its end, if it does not yet."""
+    with suppress(CheckpointError):  # somebody removed it
+        best = checkpoint.load(folder / "best.safetensors")
+        if not best.finished:
+            checkpoint.save(folder / "best.safetensors", replace(best, finished=True))
+
+
+def _log(history: tuple[Epoch, ...]) -> bytes:
     """The history as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(asdict(history[0])), lineterminator="\n")
     writer.writeheader()
     for epoch in history:
         writer.writerow({name: "" if value is None else f"{value:.6g}" for name, value in asdict(epoch).items()})
-    write_atomically(path, text.getvalue().encode())
+    return text.getvalue().encode()

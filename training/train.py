@@ -206,6 +206,8 @@ def train(recipe: Recipe, root: Path, folder: Path, options: Options = DEFAULTS)
             _save(folder, snapshot(history, Progress()), group)
             if epoch + 1 < epochs and group.any(torch.tensor([stopping.is_set()]))[0]:
                 _exit(group, f"{recipe.name}: saved after epoch {epoch + 1}; run it again to go on")
+        if group.first:
+            record.finish(folder)
         return snapshot(history, Progress())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_ensemble.training import checkpoint, cifar, train
+from resnet_ensemble.training import checkpoint, cifar, record, train
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError
 from resnet_ensemble.training.data import Batch, DataError
 from resnet_ensemble.training.recipes import RECIPES, Recipe, new_network
@@ -91,17 +91,17 @@ def test_a_checkpoint_says_what_made_it(tmp_path: Path) -> None:
 def test_a_run_that_died_after_an_epoch_ends_with_the_very_weights_of_an_uninterrupted_one(
     tmp_path: Path, recipe: Recipe, folders: Path, whole: Callable[[Recipe], Checkpoint]
 ) -> None:
-    original, saves = checkpoint.save, 0
+    original, saves = record.write, 0
 
-    def save_then_die(path: Path, saved: Checkpoint) -> None:
+    def write_then_die(folder: Path, saved: Checkpoint) -> None:
         nonlocal saves
-        original(path, saved)
-        saves += path.name == "checkpoint.safetensors"
+        original(folder, saved)
+        saves += 1
         if saves == 2:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_then_die)
+        patch.setattr(record, "write", write_then_die)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "resumed", recipe, folders)
 
@@ -176,6 +176,33 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path, monkeypatch
     best, last = (checkpoint.load(tmp_path / f"{name}.safetensors") for name in ("best", "checkpoint"))
     assert [best.history[-1].val_error, last.history[-1].val_error] == [20, 40]
     assert not same(best, last)
+
+
+def test_the_best_checkpoint_says_when_its_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([20.0, 30.0, 40.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: train.Errors(next(errors), 0.0, VALIDATION))
+    said: list[bool] = []
+    written = record.write
+
+    def write_and_look(folder: Path, saved: Checkpoint) -> None:
+        written(folder, saved)
+        said.append(checkpoint.load(folder / "best.safetensors").finished)
+
+    monkeypatch.setattr(record, "write", write_and_look)
+    run(tmp_path)
+    best = checkpoint.load(tmp_path / "best.safetensors")
+
+    assert said == [False] * 3
+    assert (best.finished, len(best.history)) == (True, 1)
+
+    checkpoint.save(
+        tmp_path / "best.safetensors", replace(best, finished=False)
+    )  # as of a run that was killed just then
+    run(tmp_path)
+    assert checkpoint.load(tmp_path / "best.safetensors").finished
+
+    (tmp_path / "best.safetensors").unlink()
+    assert run(tmp_path).finished
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:

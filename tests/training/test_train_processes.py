@@ -141,11 +141,11 @@ def step_then_sigterm(*arguments):
     if calls == 3:
         os.kill(os.getpid(), signal.SIGTERM)
     return step(*arguments)
-save = train.checkpoint.save
-def save_slowly(*arguments):  # the other process must not resume before the file is there
+write = train.record.write
+def write_slowly(*arguments):  # the other process must not resume before the file is there
     time.sleep(0.5)
-    save(*arguments)
-train.checkpoint.save = save_slowly
+    write(*arguments)
+train.record.write = write_slowly
 with processes.join() as group:
     train.train(recipe, Path("unused"), out / "whole", options)
     train.step = step_then_sigterm
