@@ -258,11 +258,11 @@ def _bundle(arguments: argparse.Namespace) -> Bundle:
         sys.exit("build_engines: name the bundle's folder, so that the one in the repository stays as it is")
     try:
         chosen = declared.choose(arguments.weights, arguments.ensemble, arguments.labels)
-        made = declared.made_before(arguments.bundle, chosen)
+        if made := declared.made_before(arguments.bundle, chosen):
+            return made
+        declared.check_replaceable(arguments.bundle, chosen)
     except (WeightsError, OSError) as problem:
         sys.exit(f"build_engines: {problem}")
-    if made:
-        return made
     if arguments.dry_run:
         print(f"{arguments.bundle} would be made first, and then its engines")
         sys.exit(0)

@@ -29,6 +29,7 @@ from resnet_ensemble.training.views import ALL_PROTOCOLS, PROTOCOLS, Preprocessi
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+THRESHOLDS = "stopping.json"
 
 
 class BundleError(Exception):
@@ -216,11 +217,27 @@ class Bundle:
 def write(path: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
     """Write the files and the manifest, which is replaced last and never names a file that is not there yet.
 
-    A full disk leaves a bundle that was there before as it was.
+    A full disk leaves a bundle that was there before as it was. Otherwise nothing of it stays but what the new one
+    names, too, and the thresholds if they are of the same members.
     """
+    try:
+        before = Bundle.open(path).manifest
+    except BundleInvalid:  # there is none, or nobody knows what is of it
+        before = manifest
     contents = {path / name: content for name, content in files.items()}
     write_together(contents | {path / MANIFEST: sealed.dumps(manifest.model_dump(mode="json"))})
+    stale = _named(before) - _named(manifest)
+    if [member.sha256 for member in before.members] != [member.sha256 for member in manifest.members]:
+        stale.add(THRESHOLDS)
+    for name in stale:
+        (path / name).unlink(missing_ok=True)
     return Bundle(path, manifest)
+
+
+def _named(manifest: Manifest) -> set[str]:
+    parts: list[Member | CalibrationFile | Golden] = [*manifest.members, *manifest.golden]
+    parts += [member.calibration for member in manifest.members if member.calibration]
+    return {part.file for part in parts}
 
 
 def _remedy(path: Path) -> str:

@@ -82,6 +82,18 @@ def made_before(path: Path, chosen: Declared) -> Bundle | None:
     return bundle if bundle.manifest.provenance.get("weights") == chosen.identity() else None
 
 
+def check_replaceable(path: Path, chosen: Declared) -> None:
+    """Raise WeightsError if the bundle that is there is made of anything else: nobody said that it may go."""
+    try:
+        bundle = Bundle.open(path)
+    except BundleError:
+        return
+    if bundle.manifest.provenance.get("weights") != chosen.identity():
+        raise WeightsError(
+            f"{path} holds {bundle.identity}, which is not made of these weights; give another folder, or remove it"
+        )
+
+
 def load(name: str) -> Declared:
     """The ensemble in a file, or the one of that name in export/ensembles/. Raises WeightsError."""
     path = Path(name)

@@ -8,8 +8,8 @@ Each graph takes uint8 (n, h, w, 3) and answers float32 (n, classes) probabiliti
 are inside, batch norm is folded into the convolutions, and n, h and w are dynamic. Pixels last is the order in which
 decoders deliver them; the transposition inside the graph was measured to cost nothing (ResNet-20, 20 views on one
 Zen 5 core, ONNX Runtime 1.32.0: 14.77 ms with it, 14.75 ms for a graph that takes channels first). Every graph is
-checked against torch before anything is written. With --calibration DIR, a folder with CIFAR's official files or with
-pictures, the bundle also holds what INT8 engines are made with.
+checked against torch before anything is written; a bundle that is there is then replaced. With --calibration DIR, a
+folder with CIFAR's official files or with pictures, the bundle also holds what INT8 engines are made with.
 """
 
 import argparse

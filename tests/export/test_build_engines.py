@@ -245,6 +245,21 @@ def test_with_weights_the_bundle_is_made_first_and_only_once(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_bundle_that_is_not_made_of_the_weights_is_left_alone(
+    root: Path, bundle: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    torch.save(cifar(8).state_dict(), tmp_path / "mine.pth")
+    (bundle / Bundle.open(bundle).manifest.members[1].file).write_bytes(b"damaged, but somebody's")
+
+    result = build_here(root, bundle, "--weights", tmp_path / "mine.pth", *options)
+
+    there = f"{bundle} holds {Bundle.open(bundle).identity}, which is not made of these weights"
+    assert result.stderr == f"build_engines: {there}; give another folder, or remove it\n"
+    assert (result.returncode, result.stdout) == (1, "")
+    assert not (bundle / "members" / "resnet8.onnx").exists()
+
+
 @pytest.mark.parametrize("file", ["bundle.json", "members/resnet8.onnx"])
 def test_a_damaged_bundle_is_made_again_of_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str

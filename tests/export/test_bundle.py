@@ -47,6 +47,22 @@ def test_a_bundle_is_read_as_it_was_written(shipped: Bundle, tmp_path: Path) -> 
     assert Bundle.open(tmp_path / "copy").identity == shipped.identity
 
 
+def test_a_bundle_that_is_replaced_leaves_nothing_but_what_the_new_one_has_too(
+    pair: Bundle, copy: Path, shipped: Bundle
+) -> None:
+    (copy / "notes.txt").write_text("somebody's own")
+    files = {part.file: pair.read(part) for part in (*pair.manifest.members, *pair.manifest.golden)}
+    without = tuple(member.model_copy(update={"calibration": None}) for member in pair.manifest.members)
+    manifest = pair.manifest.model_copy(update={"members": without})
+
+    write(copy, shipped.manifest, {})  # the same once more
+    assert (copy / "stopping.json").exists()
+    write(copy, manifest, files)
+
+    left = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert left == {*files, "bundle.json", "notes.txt"}
+
+
 @pytest.mark.parametrize("content", [b"", b"something else"])
 def test_a_changed_member_is_refused(copy: Path, content: bytes) -> None:
     bundle = Bundle.open(copy)
