@@ -114,6 +114,10 @@ def load(name: str) -> Declared:
 def read_labels(path: Path) -> tuple[str, ...]:
     """Names from a file, one a line. Raises WeightsError."""
     try:
-        return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin UTF-8 with a mark, which is of no name
     except (OSError, UnicodeDecodeError) as error:
         raise WeightsError(f"can't read the labels in {path} ({error})") from None
+    labels = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not labels:
+        raise WeightsError(f"{path} has no labels; write them one a line, in the order of the classes")
+    return labels

@@ -64,7 +64,25 @@ class Source:
 def read_all(declared: Declared) -> list[Source]:
     """Every member of an ensemble. Raises WeightsError, CheckpointError."""
     labels = read_labels(declared.labels) if declared.labels else None
-    return [_read_member(member, labels) for member in declared.members]
+    sources: list[Source] = []
+    known: dict[str, str] = {}
+    for member in declared.members:
+        source = _read_member(member, labels)
+        fingerprint = _fingerprint(source)
+        if first := known.get(fingerprint):
+            raise WeightsError(f"{member.weights} is the network of {first} once more; each member must be another one")
+        known[fingerprint] = member.weights
+        sources.append(source)
+    return sources
+
+
+def _fingerprint(source: Source) -> str:
+    """A hash of all that its answers are computed with."""
+    digest = hashlib.sha256(f"{source.network}{source.preprocessing}".encode())
+    tensors = list(source.network.state_dict().values())
+    for tensor in tensors if source.mean_image is None else [*tensors, source.mean_image]:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_member(member: DeclaredMember, labels: tuple[str, ...] | None) -> Source:

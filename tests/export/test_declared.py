@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from resnet_ensemble.export import declared
@@ -105,3 +106,30 @@ def test_an_unknown_name_lists_what_there_is() -> None:
 def test_labels_that_can_t_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="can't read the labels in"):
         declared.read_labels(tmp_path / "none.txt")
+
+
+def test_a_mark_at_the_beginning_of_the_labels_is_of_none(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_bytes("Äpfel\r\nBirnen\r\n".encode("utf-8-sig"))
+
+    assert declared.read_labels(tmp_path / "labels.txt") == ("Äpfel", "Birnen")
+
+
+def test_labels_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"labels\.txt has no labels"):
+        declared.read_labels(Path(write(tmp_path / "labels.txt", "\n \n")))
+
+
+def test_a_network_is_no_two_members_whatever_its_files_are_called(tmp_path: Path) -> None:
+    state = cifar(20).state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    safetensors.torch.save_file(state, tmp_path / "b.safetensors")
+    torch.save(cifar(20).state_dict(), tmp_path / "c.pth")
+
+    def read(*members: str) -> int:
+        text = "members = [" + ", ".join(f'{{ weights = "{tmp_path}/{member} }}' for member in members) + "]"
+        return len(read_all(declared.load(write(tmp_path / "x.toml", text))))
+
+    for other in ('a.pth"', 'b.safetensors"', 'a.pth", name = "again"'):
+        with pytest.raises(WeightsError, match=r"is the network of .*a\.pth once more"):
+            read('a.pth"', 'c.pth"', other)
+    assert read('a.pth"', 'c.pth"', 'a.pth", padding = 4', 'a.pth", shortcut = "plain"') == 4
