@@ -66,6 +66,7 @@ CropProtocol = Annotated[str, AfterValidator(_one_of(PROTOCOLS))]
 # Files and folders are named after members and bundles: none is hidden, and none is `..`.
 NAME = "^[a-zA-Z0-9][a-zA-Z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
+VERSION = "^[!-~]+$"  # it goes into headers and paths
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -123,7 +124,7 @@ class Manifest(_Part):
 
     format: Literal[1]
     name: Name
-    version: str = Field(pattern="^[!-~]+$")  # it goes into headers and paths
+    version: str = Field(pattern=VERSION)
     protocol: Protocol
     labels: tuple[str, ...] = Field(min_length=2)
     members: tuple[Member, ...] = Field(min_length=1)

@@ -41,6 +41,7 @@ from tqdm import tqdm
 from resnet_ensemble.export import drawings, engines, gate, quantize
 from resnet_ensemble.export.bundle import (
     NAME,
+    VERSION,
     Bundle,
     BundleError,
     CalibrationFile,
@@ -299,6 +300,8 @@ def export_declared(
     name = name or path.resolve().name
     if not re.fullmatch(NAME, name):
         raise ExportError(f"{name!r} is no name for a bundle: letters, digits, dot, dash, underscore; give it a --name")
+    if not re.fullmatch(VERSION, version):
+        raise ExportError(f"{version!r} is no version of a bundle: letters, digits and signs of ASCII, without spaces")
     made = None if calibration else made_before(path, chosen)
     if made and (made.manifest.name, made.manifest.version) == (name, version):
         return made

@@ -174,3 +174,11 @@ def test_bytes_are_cast_before_anything_else_since_tensorrt_can_do_nothing_with_
 def test_a_folder_whose_name_is_no_bundle_s_asks_for_a_name(tmp_path: Path, folder: str) -> None:
     with pytest.raises(to_onnx.ExportError, match=rf"'{folder}' is no name for a bundle.*give it a --name"):
         to_onnx.export_declared(declared.choose(["mine.pth"], None, None), tmp_path / folder)
+
+
+@pytest.mark.parametrize("version", ["v 1", "", "1\n", "é"])
+def test_a_version_that_is_none_is_refused_before_the_weights_are_read(tmp_path: Path, version: str) -> None:
+    chosen = declared.choose(["none.pth"], None, None)
+
+    with pytest.raises(to_onnx.ExportError, match="is no version of a bundle"):
+        to_onnx.export_declared(chosen, tmp_path / "b", version=version)
