@@ -5,16 +5,18 @@ nothing is ever unpickled.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from resnet_ensemble.training.files import write_atomically
-from resnet_ensemble.training.recipes import Recipe, RecipeError
+from resnet_ensemble.training.recipes import Recipe, RecipeError, new_network
 
 FORMAT = 1
 
@@ -131,6 +133,16 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if header is None:
         raise CheckpointError(f"{path} is a safetensors file but not a checkpoint of training/train.py")
+    try:
+        found = _parse(header, tensors, path)
+        _check(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # for whatever the header says instead
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path} is damaged ({reason}); restore it, or train again") from None
+    return found
+
+
+def _parse(header: str, tensors: dict[str, Tensor], path: Path) -> Checkpoint:
     about = json.loads(header)
     if about["format"] != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {about['format']}; this version reads {FORMAT}")
@@ -150,6 +162,37 @@ def load(path: Path) -> Checkpoint:
         loss_scale=about.get("loss_scale", {}),
         finished=about.get("finished", len(history) >= recipe.epochs),
     )
+
+
+def _check(found: Checkpoint) -> None:
+    """Raises ValueError if the parts don't belong together."""
+    recipe = found.recipe
+    if found.finished and not found.history:
+        raise ValueError("it is finished, and has no epochs")
+    if found.labels and len(found.labels) != recipe.classes:
+        raise ValueError(f"it has {len(found.labels)} labels, and its recipe {recipe.classes} classes")
+    with torch.device("meta"):  # names and shapes, at no cost
+        network = new_network(recipe)
+        image = torch.empty(recipe.test_crop, recipe.test_crop, 3)
+    _compare("weights.", found.weights, network.state_dict())
+    if found.trained:
+        _compare("trained.", found.trained, network.state_dict())
+    if found.momentum:
+        _compare("momentum.", found.momentum, dict(network.named_parameters()))
+    if recipe.per_pixel_mean or found.mean_image is not None:
+        mean_image = {} if found.mean_image is None else {"mean_image": found.mean_image}
+        _compare("", mean_image, {"mean_image": image})
+
+
+def _compare(prefix: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        is_, should_be = (_kind(tensors.get(name)) for tensors in (found, expected))
+        if is_ != should_be:
+            raise ValueError(f"{prefix}{name} is {is_}; of the network of its recipe it is {should_be}")
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _recipe(values: dict[str, Any], path: Path) -> Recipe:

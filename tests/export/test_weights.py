@@ -188,7 +188,9 @@ def test_our_own_checkpoint_brings_everything_along(run: Path, file: str) -> Non
 
 
 def test_our_imagenet_checkpoints_get_imagenet_s_names(run: Path) -> None:
-    saved = replace(checkpoint.load(run), labels=tuple(f"n{i:08}" for i in range(1000)))
+    recipe = replace(RECIPES["resnet20-cifar10"], depth=8, classes=1000)
+    labels = tuple(f"n{i:08}" for i in range(1000))
+    saved = replace(checkpoint.load(run), recipe=recipe, weights=new_network(recipe).state_dict(), labels=labels)
 
     assert weights.from_checkpoint(saved).labels == IMAGENET_LABELS
 
@@ -198,6 +200,24 @@ def test_a_run_that_is_not_finished_is_refused(run: Path) -> None:
 
     with pytest.raises(WeightsError, match="not trained to its last epoch"):
         weights.read(str(run))
+
+
+@pytest.mark.parametrize("size", [100, 10_000, -10])
+def test_our_own_checkpoint_is_called_damaged_where_it_is_cut_off(run: Path, size: int) -> None:
+    path = run / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+
+    for given in (run, path):
+        with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors is damaged: "):
+            weights.read(str(given))
+
+
+def test_weights_of_ours_that_are_not_finite_are_refused(run: Path) -> None:
+    saved = checkpoint.load(run)
+    saved.weights["fc.bias"].fill_(torch.nan)
+
+    with pytest.raises(WeightsError, match=r"fc\.bias has values that are not finite"):
+        weights.from_checkpoint(saved)
 
 
 class Evil:

@@ -2,24 +2,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 
 from resnet_ensemble.training import checkpoint
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch, Origin, Progress
-from resnet_ensemble.training.recipes import RECIPES, Recipe
+from resnet_ensemble.training.recipes import RECIPES, Recipe, new_network
 
 RECIPE = RECIPES["resnet20-cifar10"]
 EPOCH = Epoch(1, 0.1, 2.0, 60.0, 55.0, 5000, 12.5)
+NETWORK = new_network(RECIPE)
 SAVED = Checkpoint(
     RECIPE,
-    {"fc.weight": torch.eye(3)},
-    {"fc.weight": torch.ones(3, 3)},
+    NETWORK.state_dict(),
+    {name: torch.rand_like(parameter) for name, parameter in NETWORK.named_parameters()},
     (EPOCH,),
-    trained={"fc.weight": torch.full((3, 3), 2.0)},
+    trained=new_network(RECIPE).state_dict(),
     statistics=torch.rand(2, 2, 5),
-    mean_image=torch.rand(4, 4, 3),
-    labels=("cat", "dog"),
+    mean_image=torch.rand(32, 32, 3),
+    labels=tuple("abcdefghij"),
     progress=Progress(3, 1.5, 7.0, 2.5, 0.5),
     origin=Origin("abc", "def", "2.14", "cpu", "bf16", 2),
     loss_scale={"scale": 65536.0},
@@ -34,9 +36,10 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert (loaded.recipe, loaded.history, loaded.finished) == (RECIPE, (EPOCH,), False)
     assert (loaded.labels, loaded.progress, loaded.origin) == (SAVED.labels, SAVED.progress, SAVED.origin)
     assert loaded.loss_scale == SAVED.loss_scale
-    assert torch.equal(loaded.weights["fc.weight"], torch.eye(3))
-    assert torch.equal(loaded.momentum["fc.weight"], torch.ones(3, 3))
-    assert torch.equal(loaded.trained["fc.weight"], SAVED.trained["fc.weight"])
+    for part in ("weights", "momentum", "trained"):
+        found, saved = getattr(loaded, part), getattr(SAVED, part)
+        assert found.keys() == saved.keys()
+        assert all(torch.equal(found[name], saved[name]) for name in saved)
     assert torch.equal(loaded.mean_image, SAVED.mean_image)
     assert torch.equal(loaded.statistics, SAVED.statistics)
 
@@ -59,6 +62,68 @@ def test_a_cut_off_checkpoint_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.load(path)
+
+
+def rewrite(path: Path, header: str | None = None, **tensors: torch.Tensor | None) -> None:
+    """A checkpoint whose header, or some of whose tensors, are others or none."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        old = file.metadata()["resnet_ensemble"]
+    kept = {
+        name: tensor for name, tensor in (safetensors.torch.load_file(path) | tensors).items() if tensor is not None
+    }
+    safetensors.torch.save_file(kept, path, {"resnet_ensemble": old if header is None else header})
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("{}", "it has no 'format'"),
+        ("[]", "list indices"),
+        ('{"format": 1, "recipe": {"name": "x", "depth": 20}}', "it has no 'history'"),
+        ('{"format": 1, "recipe": {"name": "x"}, "history": []}', "'depth'"),
+        ('{"format": 1, "recipe": [], "history": []}', "no attribute 'keys'"),
+        ('{"format": 1, "recipe": {"name": "x", "depth": 20}, "history": [{"epoch": 1}]}', "'learning_rate'"),
+        ('{"format": 1, "recipe": {"name": "x", "depth": 20}, "history": [], "finished": true}', "has no epochs"),
+        (
+            '{"format": 1, "recipe": {"name": "x", "depth": 20}, "history": [], "labels": ["a"]}',
+            "1 labels, .* 10 classes",
+        ),
+        (
+            '{"format": 1, "recipe": {"name": "x", "depth": 32}, "history": []}',
+            r"layer1\.3\..* is missing; of the network",
+        ),
+    ],
+)
+def test_a_header_that_is_not_of_the_file_is_called_damage(tmp_path: Path, header: str, reason: str) -> None:
+    checkpoint.save(tmp_path / "c.safetensors", SAVED)
+    rewrite(tmp_path / "c.safetensors", header)
+
+    with pytest.raises(
+        CheckpointError, match=rf"c\.safetensors is damaged \(.*{reason}.*\); restore it, or train again"
+    ):
+        checkpoint.load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("name", ["weights.fc.bias", "trained.bn1.running_var", "momentum.conv1.weight", "mean_image"])
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (None, "missing"),
+        (torch.zeros(2, 3), r"torch\.float32 \(2, 3\)"),
+        (torch.zeros(10, dtype=torch.int8), r"torch\.int8 \(10,\)"),
+    ],
+    ids=["missing", "of another shape", "of another kind"],
+)
+def test_tensors_that_are_not_those_of_the_recipe_are_called_damage(
+    tmp_path: Path, name: str, tensor: torch.Tensor | None, reason: str
+) -> None:
+    recipe = replace(RECIPE, per_pixel_mean=True)
+    checkpoint.save(tmp_path / "c.safetensors", replace(SAVED, recipe=recipe))
+    rewrite(tmp_path / "c.safetensors", **{name: tensor})
+
+    with pytest.raises(CheckpointError, match=rf"is damaged \({name} is {reason}; of the network of its recipe"):
+        checkpoint.load(tmp_path / "c.safetensors")
 
 
 def test_a_state_dict_is_not_called_damaged(tmp_path: Path) -> None:
@@ -88,7 +153,7 @@ def test_somebody_elses_safetensors_file_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_older_than_a_recipe_s_field_has_its_default(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     safetensors.torch.save_file(
-        {"weights.w": torch.zeros(2)},
+        {f"weights.{name}": tensor for name, tensor in NETWORK.state_dict().items()},
         path,
         {"resnet_ensemble": '{"format": 1, "recipe": {"name": "old", "depth": 20}, "history": []}'},
     )
