@@ -80,9 +80,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         panels = [named(logs) for logs in (arguments.logs, arguments.beside) if logs]
-    except LogError as problem:
+        write_atomically(arguments.out, draw(panels, arguments.highest))
+    except (LogError, OSError) as problem:
         raise SystemExit(str(problem)) from None
-    write_atomically(arguments.out, draw(panels, arguments.highest))
 
 
 if __name__ == "__main__":

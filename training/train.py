@@ -8,9 +8,10 @@
 
 Writes OUT/RECIPE/checkpoint.safetensors after every epoch, best.safetensors (the lowest validation error so far: a
 choice made on the validation set) and the log, as log.csv and for TensorBoard; in the end errors.png, a plot of it.
-SIGTERM saves in the middle of an epoch and exits with 143. Every random choice follows from the recipe's seed, the
-epoch and the step, so on one CPU with the same number of processes and threads a run that was killed and resumed ends
-with the very weights that it would have had. (cuDNN may choose other kernels, which round differently.)
+SIGTERM saves in the middle of an epoch and exits with 143. Ctrl-C exits at once with 130 and keeps what was saved at
+the last epoch's end, or by SIGTERM. Every random choice follows from the recipe's seed, the epoch and the step, so on
+one CPU with the same number of processes and threads a run that was killed and resumed ends with the very weights that
+it would have had. (cuDNN may choose other kernels, which round differently.)
 
 Batch norm's statistics are each process's own, as in the paper; their running means are averaged over the processes
 before each evaluation. Weights are float32; bf16 and fp16 are autocast only.
@@ -45,6 +46,7 @@ from resnet_ensemble.training import augment, checkpoint, cifar, processes, reco
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError, Epoch, Origin, Progress
 from resnet_ensemble.training.cifar import DataError
 from resnet_ensemble.training.data import Batch, Data, open_data
+from resnet_ensemble.training.files import check_writable
 from resnet_ensemble.training.listing import listing
 from resnet_ensemble.training.processes import Group
 from resnet_ensemble.training.recipes import RECIPES, Recipe, RecipeError, changed, new_network
@@ -89,7 +91,7 @@ DEFAULTS = Options()
 def train(recipe: Recipe, root: Path, folder: Path, options: Options = DEFAULTS) -> Checkpoint:  # noqa: C901  # the loop, down the page
     """Run what `folder` has not seen yet of the recipe. Returns the last checkpoint.
 
-    Raises DataError, CheckpointError; Stopped, when SIGTERM came or the loss diverged.
+    Raises DataError, CheckpointError, OSError; Stopped, when SIGTERM came or the loss diverged.
     """
     with processes.join() as group, _sigterm() as stopping:
         device = group.device
@@ -104,6 +106,8 @@ def train(recipe: Recipe, root: Path, folder: Path, options: Options = DEFAULTS)
         average = _average(network, recipe)
         scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
         saved = _resume(folder, recipe, data, network, average, optimizer, scaler)
+        if group.first and not (saved and saved.finished):
+            check_writable(folder / "checkpoint.safetensors")  # now, and not after the first epoch
         if saved is None:
             saved = Checkpoint(recipe, {}, labels=data.labels, origin=_origin(data, group, options))
             if recipe.per_pixel_mean:
@@ -452,6 +456,10 @@ def main() -> None:
         result = train(recipe, arguments.data, arguments.out / recipe.name, options)
     except (DataError, CheckpointError, RecipeError) as problem:
         raise SystemExit(str(problem)) from None
+    except OSError as problem:
+        raise SystemExit(f"{problem}; run it again when this is solved: it goes on from what was saved") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as of a command that SIGINT ends
     last = result.history[-1]
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{recipe.name}: {last.val_error:.2f} % (top-5 {last.val_top5_error:.2f} %) on {last.val_images} images")

@@ -96,6 +96,16 @@ def test_the_command_draws_what_the_function_does(logs: list[Path], root: Path, 
     assert (tmp_path / "x.png").read_bytes() == plot.draw([plot.named(logs[:1]), plot.named(logs[1:2])])
 
 
+def test_a_plot_that_can_t_be_written_is_told_in_one_line(
+    logs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(logs[0]), "--out", str(tmp_path / "file" / "x.png")])
+
+    with pytest.raises(SystemExit, match=r"^\[Errno \d+\] .*/file/x\.png'$"):
+        plot.main()
+
+
 @pytest.mark.parametrize(
     "content", [None, "a,b\n1,2\n", "epoch,train_error,val_error\n", "epoch,train_error,val_error\n1\n"]
 )

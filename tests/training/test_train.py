@@ -1,5 +1,6 @@
 """The loop on a small network and small data sets."""
 
+import errno
 import functools
 import math
 import os
@@ -373,3 +374,67 @@ def test_mistakes_on_the_command_line_are_answered_in_one_line(
     assert printed.startswith(message)
     assert len(printed.splitlines()) == 1
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str | int | None]:
+    """Train the tiny recipe as the command does, into `runs`. Returns what it exits with: a text means 1."""
+    monkeypatch.setattr(train, "RECIPES", {"tiny": TINY})
+    monkeypatch.setattr(sys, "argv", ["train.py", "tiny", "--data", "unused", "--out", str(tmp_path / "runs")])
+
+    def train_and_exit() -> str | int | None:
+        with pytest.raises(SystemExit) as stopped:
+            train.main()
+        return stopped.value.code
+
+    return train_and_exit
+
+
+def test_a_folder_that_can_t_be_written_is_told_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[], str | int | None]
+) -> None:
+    (tmp_path / "runs").touch()
+    monkeypatch.delattr(train, "step")
+
+    said = command()
+
+    assert isinstance(said, str)
+    assert "Not a directory: " in said
+    assert said.endswith(
+        "runs/tiny/checkpoint.safetensors'; run it again when this is solved: it goes on from what was saved"
+    )
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_log_is_not_ahead_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[], str | int | None]
+) -> None:
+    flush, flushed = os.fsync, 0
+
+    def fill_up(handle: int) -> None:
+        nonlocal flushed
+        flushed += 1
+        if flushed == 6:  # three files an epoch: the checkpoint of the second
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(handle)
+
+    monkeypatch.setattr(train, "evaluate", lambda *_: train.Errors(20.0, 0.0, VALIDATION))  # each epoch is the best
+    monkeypatch.setattr(os, "fsync", fill_up)
+    said = command()
+
+    folder = tmp_path / "runs" / "tiny"
+    assert isinstance(said, str)
+    assert said.startswith("[Errno 28] No space left on device: ")
+    assert len(said.splitlines()) == 1
+    assert len(checkpoint.load(folder).history) == len(checkpoint.load(folder / "best.safetensors").history) == 1
+    assert len((folder / "log.csv").read_text().splitlines()) == 2
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+    assert run(folder).finished
+
+
+def test_ctrl_c_ends_it_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: Callable[[], str | int | None]
+) -> None:
+    monkeypatch.setattr(train, "step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    assert command() == 130
+    assert capsys.readouterr() == ("", "")
