@@ -78,7 +78,7 @@ class Recipe:
     peak_learning_rate: float = 0.2
     warm_up: float = 0.15  # share of all steps
     drops: tuple[float, ...] = ()  # of a staircase, as shares of all steps
-    patience: int = 0  # epochs of a plateau
+    patience: int = 0  # epochs without a new lowest error, after which one more is a plateau
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4

@@ -1,10 +1,13 @@
 """Schedules at their corners and as laws."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_ensemble.training import schedules
+from resnet_ensemble.training.recipes import RECIPES
 
 
 @given(steps=st.integers(2, 5000), warm_up=st.floats(0.01, 0.9))
@@ -42,6 +45,17 @@ def test_a_rate_on_a_plateau_falls_after_more_than_patience_epochs_without_a_bet
     assert rate(50, 40, 40, 40, 40) == pytest.approx(0.01)
     assert rate(50, 40, 40, 40, 40, 39, 40, 40) == pytest.approx(0.01)
     assert rate(50, 40, 40, 40, 40, 39, 40, 40, 40) == pytest.approx(0.001)
+
+
+def test_the_plateau_of_the_paper_s_recipes_is_as_long_as_the_readme_says(root: Path) -> None:
+    patience = RECIPES["resnet50-imagenet-paper"].patience
+
+    rates = [schedules.plateau([10.0] + [11.0] * epochs, peak=0.1, patience=patience) for epochs in range(8)]
+    length = next(epochs for epochs, rate in enumerate(rates) if rate < 0.1)
+
+    readme = (root / "training" / "README.md").read_text()
+    assert f"÷10 on a plateau of {length} epochs" in readme
+    assert f"{length} epochs in a row without a new lowest validation error" in readme
 
 
 @given(st.lists(st.floats(0, 100), max_size=40), st.integers(1, 5))
