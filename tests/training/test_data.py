@@ -13,6 +13,8 @@ from resnet_ensemble.training.data import (
     Data,
     DataError,
     Folders,
+    Key,
+    TrainingFiles,
     _decode_fast,
     decode,
     open_data,
@@ -216,6 +218,23 @@ def test_a_damaged_picture_is_named(tmp_path: Path, workers: int) -> None:
     with pytest.raises(DataError, match=r"n01443537_1\.JPEG can't be decoded") as raised:
         list(data.batches(0, crop=64, mean=MEAN, start=0, stop=1))
     assert str(raised.value).startswith(str(root))
+
+
+@pytest.mark.parametrize("name", ["line.png", "line.jpg"])
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_a_picture_that_is_far_too_long_is_named_before_it_is_resized(
+    tmp_path: Path, name: str, size: tuple[int, int]
+) -> None:
+    """Its center view, or the crop that it would be trained on, would come from one of 15 million pixels."""
+    path = str(tmp_path / name)
+    Image.new("RGB", size).save(path)
+    assert FOLDERS.augmentation == "scale"
+
+    for key in (0, Key(0, 0, 64)):
+        with pytest.raises(DataError, match=rf"{name} is {size[0]} x {size[1]}; one side may be 100 times the other"):
+            TrainingFiles([(path, 0)], FOLDERS)[key]
+    Image.new("RGB", (300, 3)).save(path)
+    assert TrainingFiles([(path, 0)], FOLDERS)[0][0].shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize(
