@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from resnet_ensemble.export.bundle import Bundle, BundleInvalid, Protocol, Sha256
+from resnet_ensemble.export.bundle import THRESHOLDS, Bundle, BundleInvalid, Protocol, Sha256
 from resnet_ensemble.export.engine_store import EngineStore
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.server.plan import Plan, Step, in_order
@@ -19,7 +19,7 @@ from resnet_ensemble.server.stopping import Calibrated
 from resnet_ensemble.training.files import read_regular, write_atomically
 from resnet_ensemble.training.views import Preprocessing, block_sizes
 
-FILE = "stopping.json"
+FILE = THRESHOLDS
 COMMAND = "python -m resnet_ensemble.server.calibrate"
 Share = Annotated[float, Field(ge=0, le=1)]
 InnerShare = Annotated[float, Field(gt=0, lt=1)]

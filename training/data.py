@@ -21,9 +21,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from resnet_ensemble.training import augment, cifar
 from resnet_ensemble.training.cifar import DataError
+from resnet_ensemble.training.pixels import MAX_ASPECT_RATIO, is_extreme
 from resnet_ensemble.training.processes import Group
 from resnet_ensemble.training.recipes import Recipe
-from resnet_ensemble.training.views import MAX_ASPECT_RATIO, make_views, mean_colour
+from resnet_ensemble.training.views import make_views, mean_colour
 
 EVALUATION_BATCH = 500
 # The mean image is that of so many training pictures, of all if there are fewer.
@@ -258,7 +259,7 @@ def decode(path: str) -> Image.Image:
     """The picture in a file, upright (EXIF orientation) as for the server, as RGB. Raises DataError, which names it."""
     try:
         with Image.open(path) as image:
-            _check_aspect(path, *image.size)
+            _check_aspect(path, image.size)
             upright: Image.Image = image
             with suppress(Exception):  # damaged EXIF data around a sound picture: as it lies
                 upright = ImageOps.exif_transpose(image)
@@ -277,14 +278,14 @@ def _decode_fast(path: str) -> Tensor:
         pixels = cast("Tensor", decode_jpeg(path))
     except (RuntimeError, ValueError):  # another format, or a fault, which Pillow names
         return torch.from_numpy(np.array(decode(path))).permute(2, 0, 1)
-    _check_aspect(path, pixels.shape[2], pixels.shape[1])
+    _check_aspect(path, (pixels.shape[2], pixels.shape[1]))
     return pixels
 
 
-def _check_aspect(path: str, width: int, height: int) -> None:
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+def _check_aspect(path: str, size: tuple[int, int]) -> None:
+    if is_extreme(size):
         raise DataError(
-            f"{path} is {width} x {height}; one side may be {MAX_ASPECT_RATIO} times the other: crop or remove it"
+            f"{path} is {size[0]} x {size[1]}; one side may be {MAX_ASPECT_RATIO} times the other: crop or remove it"
         )
 
 

@@ -54,8 +54,6 @@ DENSE_PROTOCOLS: dict[str, tuple[WholeView, ...]] = {
     "multiscale": tuple(WholeView(scale, mirrored) for scale in SCALES for mirrored in (False, True)),
 }
 LONGEST = 2  # times the shorter side; of an even longer image, the middle is seen
-# Resizing the shorter side of a 1 x 60,000 image to 256 pixels would make a 15 million pixel wide one.
-MAX_ASPECT_RATIO = 100
 ALL_PROTOCOLS = (*PROTOCOLS, *DENSE_PROTOCOLS)
 
 
