@@ -209,8 +209,10 @@ def main() -> None:
             for protocol in arguments.protocol or ALL_PROTOCOLS
             for score in evaluate(networks, pictures, labels, protocol, workers=arguments.workers)
         ]
-    except (DataError, CheckpointError) as problem:
+    except (DataError, CheckpointError, OSError) as problem:
         raise SystemExit(f"evaluate: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as of a command that SIGINT ends
     print(table(scores))
 
 

@@ -146,3 +146,24 @@ def test_the_command_prints_a_row_for_each_protocol_or_says_what_is_missing(
     rows = [line.split(" | ")[:3] for line in done.stdout.splitlines()[2:]]
     assert rows == [["| resnet18b", protocol, "6"] for protocol in ALL_PROTOCOLS]
     assert str(failed.value.code).startswith(f"evaluate: no val/ in {tmp_path}")  # a text: printed, and the code is 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (PermissionError(13, "Permission denied", "val"), "evaluate: [Errno 13] Permission denied: 'val'"),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_the_command_ends_with_one_line_or_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: str | int
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(evaluate.checkpoint, "load", fail)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), "--data", str(tmp_path)])
+
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == code
