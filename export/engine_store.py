@@ -137,13 +137,17 @@ class EngineStore:
         return self._read(record)
 
     def passed(self, member: Member, backend: str | None = None) -> list[Record]:
-        """Of the valid engines that passed the gate, the fastest first; of one backend or of all that are installed."""
+        """Of the valid engines that passed the gate, the fastest first; of one backend or of all that run here.
+
+        No backend is imported that has no engine.
+        """
         found = [
             record
-            for name, precision in engines.available()
-            if backend in (None, name)
-            and (record := self.current(member, name, precision))
-            and record.verdict == "passed"
+            for record in self.records().values()
+            if (record.member, record.verdict) == (member.name, "passed")
+            and backend in (None, record.backend)
+            and engines.runs(record.backend, record.precision)
+            and self.current(member, record.backend, record.precision)
         ]
         return sorted(found, key=lambda record: record.rate, reverse=True)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from resnet_ensemble.export.bundle import Bundle
+
 FOLDERS = {"training": "training", "export": "export", "server": "server", "client": "clients/python"}
 # Imports point to the left only; the client imports nothing of ours.
 ALLOWED = {
@@ -86,6 +88,16 @@ def test_no_module_shadows_a_package(root: Path) -> None:
 
 def test_the_server_loads_no_torch_and_no_onnx(root: Path) -> None:
     assert loaded_by(import_all(root, "server")) & HEAVY == set()
+
+
+def test_a_bundle_without_engines_is_served_without_other_backends(shipped: Bundle) -> None:
+    statement = (
+        "from pathlib import Path; from resnet_ensemble.export.bundle import Bundle; "
+        "from resnet_ensemble.export.engine_store import open_engine; "
+        f"bundle = Bundle.open(Path({str(shipped.path)!r})); open_engine(bundle, bundle.manifest.members[0])"
+    )
+
+    assert "openvino" not in loaded_by(statement)
 
 
 def test_building_engines_loads_no_torch() -> None:

@@ -150,6 +150,14 @@ def available(device: Device = "auto") -> list[tuple[str, Precision]]:
     return found
 
 
+def runs(name: str, precision: Precision) -> bool:
+    """Whether a backend is here and computes in a precision."""
+    try:
+        return name in _MODULES and precision in backend(name).precisions()
+    except BackendUnavailable:
+        return False
+
+
 def unavailable(device: Device) -> list[str]:
     """Why backends of a device do not run here."""
     reasons = []
