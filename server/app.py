@@ -117,7 +117,6 @@ async def classify(request: Request) -> Response:
     return Response(answer.body, answer.status, answer.headers)
 
 
-@router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="Need it be restarted?", responses=openapi.problems("not_ready"))
 async def livez(request: Request) -> Status:
     """Answers as soon as the server listens, and refuses while an engine hangs, which only a new process can help."""
@@ -125,7 +124,6 @@ async def livez(request: Request) -> Status:
     return Status()
 
 
-@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Can it answer?", responses=openapi.problems("not_ready"))
 async def readyz(request: Request) -> Status:
     """Ready once every engine is warm and has given the bundle's golden probabilities."""

@@ -16,7 +16,10 @@ def route(scope: Scope) -> str:
 
 
 class Envelope:
-    """ASGI middleware. A client's own X-Request-ID is kept when it is harmless, otherwise one is made."""
+    """ASGI middleware. A client's own X-Request-ID is kept when it is harmless, otherwise one is made.
+
+    What takes GET takes HEAD, too.
+    """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, max_request_bytes: int) -> None:
         self._app = app
@@ -32,6 +35,10 @@ class Envelope:
         scope.setdefault("state", {})["request_id"] = request_id
         limit = BodyLimit(headers.get("content-length", "").encode("latin-1"), self._max)
 
+        method = scope["method"]
+        if method == "HEAD":  # what GET answers, of which the server that carries it leaves out the body
+            scope = {**scope, "method": "GET"}
+
         async def receive_within_limit() -> Message:
             limit.add(0)
             message = await receive()
@@ -41,7 +48,7 @@ class Envelope:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"].append((REQUEST_ID.lower().encode(), request_id.encode()))
-                self._metrics.count(scope["method"], route(scope), message["status"])
+                self._metrics.count(method, route(scope), message["status"])
             await send(message)
 
         await self._app(scope, receive_within_limit, send_with_id)

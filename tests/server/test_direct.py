@@ -183,6 +183,22 @@ def last_answer(connection: socket.socket) -> httpx2.Response:
 
 
 @pytest.mark.parametrize(
+    ("path", "status"), [("/info", 200), ("/metrics", 200), ("/v2", 200), ("/nowhere", 404), ("/predict", 405)]
+)
+def test_head_is_answered_as_get_without_a_body(listen: Listen, path: str, status: int) -> None:
+    with listen() as (url, _), httpx2.Client() as client:
+        answer, whole = client.head(f"{url}{path}"), client.get(f"{url}{path}")
+        assert client.get(f"{url}/livez").json() == {"status": "ok"}  # on the same connection: no body was in between
+
+        assert (answer.status_code, answer.content) == (whole.status_code, b"") == (status, b"")
+        assert answer.headers["content-type"] == whole.headers["content-type"]
+        assert int(answer.headers["content-length"]) > 0
+        route = path if status == 200 else "unmatched" if status == 404 else "/predict"
+        counted = f'resnet_requests_total{{method="HEAD",route="{route}",status="{status}"}} 1.0'
+        assert counted in client.get(f"{url}/metrics").text
+
+
+@pytest.mark.parametrize(
     "junk",
     [b"\x16\x03\x01\x02\x00\x01\x00", b"FOO / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"\x00"],
     ids=["TLS", "method", "header", "zero"],
