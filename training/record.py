@@ -45,7 +45,7 @@ def write(folder: Path, saved: Checkpoint) -> None:
 
 def finish(folder: Path) -> None:
     """Let the best checkpoint say, too, that its run has come to its end, if it does not yet."""
-    with suppress(CheckpointError):  # somebody removed it
+    with suppress(CheckpointError):  # it was removed, or damaged, as whoever reads it is told
         best = checkpoint.load(folder / "best.safetensors")
         if not best.finished:
             checkpoint.save(folder / "best.safetensors", replace(best, finished=True))
