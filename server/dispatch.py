@@ -250,9 +250,10 @@ class Dispatcher:
 
     def _ranks(self, now: float, deadline: float, images: int, seconds: float) -> list[float]:
         limit = min(self._max_wait, max(0.0, deadline - now))
-        spare = limit / _CAUTION - self.predicted_wait(now + limit)
+        before_first = self.predicted_wait(now + limit)
+        spare = limit / _CAUTION - before_first
         given = ranks(now, deadline, self._max_wait, images, seconds, len(self._requests), spare)
-        predicted = _CAUTION * self.predicted_wait(given[-1])
+        predicted = _CAUTION * (before_first if images == 1 else self.predicted_wait(given[-1]))
         if predicted > limit:
             raise Overloaded(predicted, limit, "deadline" if limit < self._max_wait else "wait")
         return given
