@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -434,7 +435,12 @@ def test_a_full_disk_is_told_in_one_line_and_the_log_is_not_ahead_of_the_checkpo
 def test_ctrl_c_ends_it_without_a_word(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: Callable[[], str | int | None]
 ) -> None:
-    monkeypatch.setattr(train, "step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(1000):  # Python handles it between two steps of this thread, not within the call
+            time.sleep(0.01)
+
+    monkeypatch.setattr(train, "step", interrupt)
 
     assert command() == 130
     assert capsys.readouterr() == ("", "")
