@@ -57,7 +57,6 @@ from resnet_ensemble.export.engines import (
     EngineLoadError,
     EngineRunError,
     Precision,
-    tensorrt_profiles,
 )
 from resnet_ensemble.export.engines.gpu import has_driver
 from resnet_ensemble.export.gate import CalibrationError, Pictures
@@ -245,7 +244,7 @@ def _row(store: EngineStore, workshop: Workshop, backend: str, precision: Precis
 def plans(bundle: Bundle, best: list[Stored | None]) -> dict[str, Plan]:
     """TensorRT's plans of the members whose fastest engine one is: Triton runs those as they are."""
     return {
-        member.name: Plan(stored.content, max_batch=tensorrt_profiles.BUCKETS[-1])
+        member.name: Plan(stored.content, max_batch=engines.BUCKETS[-1])
         for member, stored in zip(bundle.manifest.members, best, strict=True)
         if stored and stored.record.backend == "tensorrt"
     }

@@ -124,7 +124,7 @@ class Finding:
     def verdict(self, limit: Limit) -> str:
         """`passed`, or why not."""
         if not self.agreement >= limit.agreement:
-            return f"top-1 agreement {self.agreement:.1%} is below {limit.agreement:.1%}"
+            return f"top-1 agreement {self.agreement:.2%} is below {limit.agreement:.1%}"
         if not self.difference <= limit.difference:
             return f"a probability differs by {self.difference:.2f}, more than {limit.difference:g}"
         if not self.correlation >= limit.correlation:

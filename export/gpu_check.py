@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from resnet_ensemble.export import engines, gate, golden, quantize
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
 from resnet_ensemble.export.engine_store import tolerance
-from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineLoadError, NotInstalled, Precision
+from resnet_ensemble.export.engines import BUCKETS, BackendUnavailable, Engine, EngineLoadError, NotInstalled, Precision
 from resnet_ensemble.export.engines.gpu import has_driver
 from resnet_ensemble.export.gate import Pictures
 from resnet_ensemble.export.precisions import float8
@@ -128,51 +128,68 @@ class Report:
 
 
 def check_all(bundle: Bundle, members: list[str], precisions: list[Precision], folder: Path) -> Report:
-    """Every check of TensorRT, and of ONNX Runtime where it runs on the GPU, written to a folder.
+    """Every check of TensorRT, and of ONNX Runtime's engine for GPUs, written to a folder.
 
-    Raises BackendUnavailable without a GPU.
+    Raises BackendUnavailable where neither runs.
     """
-    backend = engines.backend("tensorrt")
-    available = backend.precisions()
-    first = bundle.manifest.members[0].preprocessing
+    found, missing = _backends()
+    if not found:
+        raise missing["tensorrt"]
+    backend = engines.backend(next(iter(found)))
+    device = backend.identity(bundle.manifest.members[0].preprocessing).split(";")[0]
     about = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "bundle": bundle.identity,
-        "device": backend.identity(first).split(";")[0],
-        "TensorRT": backend.version(),
+        "device": device,
+        **{name: engines.backend(name).version() for name in found},
         "Python": platform.python_version(),
         "system": platform.platform(),
     }
     report = Report(about)
+    for name, why in missing.items():
+        report.skip(f"{name}: all", str(why))
     plan = None
     for member in bundle.manifest.members:
         if members and member.name not in members:
             continue
         pictures = gate.from_golden(bundle, member)
         expected = report.run(f"{member.name}: reference", partial(_reference, bundle, member, pictures))
-        for name, precision in _variants(available, precisions):
+        for name, precision in _variants(found, precisions):
             title = f"{member.name}/{name}/{precision}"
-            if precision not in available:
-                report.skip(f"{title}: all", f"{about['device']} does not compute in {precision}")
+            if precision not in found[name]:
+                report.skip(f"{title}: all", f"{device} does not compute in {precision}")
             elif expected is None:
                 report.skip(f"{title}: all", "there is no reference")
             else:
                 built = _check_engine(report, title, bundle, member, name, precision, pictures, expected)
                 plan = plan or (built if name == "tensorrt" else None)
             report.write(folder)
-    if plan is None:
+    if plan is not None:  # the last, since a library may crash over them
+        report.run("damaged plans", lambda: _damaged(engines.backend("tensorrt"), plan))
+    elif "tensorrt" in found:
         report.skip("damaged plans", "nothing was built")
-    else:  # the last, since a library may crash over them
-        report.run("damaged plans", lambda: _damaged(backend, plan))
     report.write(folder)
     return report
 
 
-def _variants(available: tuple[Precision, ...], asked: list[Precision]) -> Iterator[tuple[str, Precision]]:
-    """TensorRT in every precision that was asked for, and what ONNX Runtime has, if it is the GPU's."""
-    wanted = asked or list(available)
-    yield from (("tensorrt", precision) for precision in wanted)
-    yield from ((n, p) for n, p in engines.available() if n == "onnxruntime-cuda" and p in wanted)
+def _backends() -> tuple[dict[str, tuple[Precision, ...]], dict[str, BackendUnavailable]]:
+    """What runs on this host's GPU, and in which precisions; and why what doesn't does not."""
+    found, missing = {}, {}
+    for name in ("tensorrt", "onnxruntime-cuda"):
+        try:
+            found[name] = engines.backend(name).precisions()
+        except BackendUnavailable as why:
+            missing[name] = why
+    return found, missing
+
+
+def _variants(found: dict[str, tuple[Precision, ...]], asked: list[Precision]) -> Iterator[tuple[str, Precision]]:
+    """TensorRT in every precision that was asked for, and ONNX Runtime in those of them that it has at all."""
+    if "tensorrt" in found:
+        yield from (("tensorrt", precision) for precision in asked or found["tensorrt"])
+    for precision in found.get("onnxruntime-cuda", ()):
+        if not asked or precision in asked:
+            yield "onnxruntime-cuda", precision
 
 
 def _check_engine(
@@ -270,8 +287,6 @@ def _layers(engine: Engine) -> tuple[None, str]:
 
 
 def _captured(engine: Engine) -> tuple[None, str]:
-    from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS  # noqa: PLC0415  # beside its only use
-
     captured = engine.captured  # type: ignore[attr-defined]
     if captured != BUCKETS:
         raise DoesNotHold(f"batches of {captured} are captured, of {BUCKETS}")
@@ -307,8 +322,6 @@ def _whole_views(engine: Engine, seen: Preprocessing) -> tuple[None, str]:
 
 
 def _rates(engine: Engine, seen: Preprocessing) -> tuple[dict[str, list[float]], str]:
-    from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS  # noqa: PLC0415  # beside its only use
-
     found = {}
     for n in BUCKETS:
         views = _noise(n, seen.crop, seen.crop)

@@ -170,7 +170,7 @@ async def info(request: Request) -> Info:
         },
         members=members,
         measured=manifest.measured,
-        streams=settings.streams,
+        streams=classifier.streams,
         limits={name: value for name, value in settings.model_dump().items() if name.startswith("max_")},
     )
 

@@ -58,16 +58,25 @@ class Dispatcher:
 
     - classes: how many probabilities an engine gives
     - streams: engine runs side by side
+    - spread: whether views are shared out over streams that would be idle
     - batch_pixels: pixels of all views in a full batch, by member
     - max_wait: predicted wait in seconds above which `admit` raises Overloaded
     - max_bytes: of the views of decoded images in progress, from which on no further image is decoded
     """
 
     def __init__(
-        self, *, classes: int, streams: int, batch_pixels: Sequence[int], max_wait: float, max_bytes: float = math.inf
+        self,
+        *,
+        classes: int,
+        streams: int,
+        batch_pixels: Sequence[int],
+        max_wait: float,
+        max_bytes: float = math.inf,
+        spread: bool = True,
     ) -> None:
         self._shape = (len(batch_pixels), classes)
         self._streams = streams
+        self._spread = spread
         self._batch_pixels = batch_pixels
         self._max_wait = max_wait
         self._max_bytes = max_bytes
@@ -321,7 +330,7 @@ class Dispatcher:
         # them busy, too: when each member's were divided, a lone image's ten crops took 1.03 to 1.05 times as long
         # (CIFAR-10, four members; two Zen 4 cores, 2026-11-27).
         room = self._full(key)
-        if not self._to_decode:
+        if self._spread and not self._to_decode:
             room = min(room, math.ceil(sum(other.views for other in self._runnable.values()) / self._streams))
         parts: list[Part] = []
         latest = queue.head()[0] + _WINDOW

@@ -125,7 +125,12 @@ class Scheduler:
         self._revival = Revival(classes=classes, probes=probes, reopen=reopen, closing=self._closing)
         self._observer = observer or Observer()
         self._decide = Dispatcher(
-            classes=classes, streams=streams, batch_pixels=batch_pixels, max_wait=max_wait, max_bytes=max_bytes
+            classes=classes,
+            streams=streams,
+            batch_pixels=batch_pixels,
+            max_wait=max_wait,
+            max_bytes=max_bytes,
+            spread=shared,  # a GPU answers ten views in one run as soon as in two of five side by side
         )
         self._lock = threading.Lock()  # guards everything below and the decisions
         roles = _roles(streams, decoders, shared=shared)

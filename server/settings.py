@@ -8,7 +8,6 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from resnet_ensemble.export.host import cores
 from resnet_ensemble.server.schemas import ProtocolName, StopRuleName
 
 PREFIX = "RESNET_"
@@ -35,8 +34,9 @@ class Settings(BaseSettings):
     """The TCP port to listen on."""
     backend: Literal["auto", "onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt", "fake"] = "auto"
     """What runs the members: the fastest that build_engines found right, one by name, or `fake`, without weights."""
-    streams: int = Field(default_factory=cores, ge=1, le=1024)
-    """Engine runs side by side. By default one for each core that this process may use; these keep to their core."""
+    streams: int | None = Field(default=None, ge=1, le=1024)
+    """Engine runs side by side. By default one for each core that this process may use; these keep to their core. On a
+    GPU, 2."""
     max_batch: int | None = Field(default=None, ge=1)
     """Views in one engine run. By default the fewest that have nearly the best throughput, as measured."""
     protocol: ProtocolName | None = None

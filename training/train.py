@@ -346,10 +346,10 @@ def _momentum(network: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tenso
 
 def _wrap(network: nn.Module, group: Group, options: Options) -> nn.Module:
     """The network as the loop calls it: compiled, if asked, and sharing its gradients, if it is not alone."""
-    model = cast("nn.Module", torch.compile(network)) if options.compile else network
-    if group.world == 1:
-        return model
-    return DistributedDataParallel(model, forward_sync_buffers=False)
+    alone = group.world == 1
+    mode = "reduce-overhead" if alone and group.device.type == "cuda" else None
+    model = cast("nn.Module", torch.compile(network, mode=mode)) if options.compile else network
+    return model if alone else DistributedDataParallel(model, forward_sync_buffers=False)
 
 
 def _gradients_stay_here(model: nn.Module, *, unless: bool) -> AbstractContextManager[object]:

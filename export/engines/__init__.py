@@ -18,6 +18,10 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 # Made with what was found on pictures (export/quantize.py).
 CALIBRATED: tuple[Precision, ...] = ("int8", "fp8")
 Device = Literal["auto", "cpu", "cuda"]
+# Batches of crops that the engines of GPUs are ready for: others are padded up to the next, or split where they are
+# larger. An image has 1, 2 or 10 crops, so that whole images fill these.
+BUCKETS = (1, 2, 5, 10, 20, 40)
+WHOLE_VIEWS = 4  # of one size in one run, at most, on GPUs
 # Where activations are quantized in an INT8 graph (export/quantize.py).
 #   inputs    the inputs of convolutions; residual sums stay in FP32
 #   trunk     every activation that a convolution reads, for all that read it, so that residual sums read bytes too

@@ -9,10 +9,10 @@ from types import ModuleType
 
 from cuda.bindings import runtime as cudart
 
-from resnet_ensemble.export.engines import Engine, Form, Precision, not_installed, tensorrt_builder
+from resnet_ensemble.export.engines import BUCKETS, Engine, Form, Precision, not_installed, tensorrt_builder
 from resnet_ensemble.export.engines.gpu import Gpu, probe
 from resnet_ensemble.export.engines.tensorrt_builder import Timings
-from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS, profiles
+from resnet_ensemble.export.engines.tensorrt_profiles import profiles
 from resnet_ensemble.export.engines.tensorrt_runtime import TensorRtEngine
 from resnet_ensemble.training.views import Preprocessing
 

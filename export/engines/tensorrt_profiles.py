@@ -5,15 +5,12 @@ A size is (n, h, w), of views uint8 (n, h, w, 3).
 
 from dataclasses import dataclass
 
+from resnet_ensemble.export.engines import BUCKETS, WHOLE_VIEWS
 from resnet_ensemble.training.views import LONGEST, SCALES, Preprocessing
 
 Size = tuple[int, int, int]
 
-# Batches of crops that are captured as CUDA graphs; others are padded up to the next, or split where they are larger.
-# An image has 1, 2 or 10 crops, so that whole images fill these.
-BUCKETS = (1, 2, 5, 10, 20, 40)
 FEW = 5  # up to here a plan is tuned for the quickest answer, above it for the most views
-WHOLE_VIEWS = 4  # of one size in one run
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from resnet_ensemble.export.engines import EngineInfo, EngineLoadError, EngineRunError, Precision
+from resnet_ensemble.export.engines import BUCKETS, EngineInfo, EngineLoadError, EngineRunError, Precision
 from resnet_ensemble.export.engines.gpu import check, probe
 from resnet_ensemble.export.engines.tensorrt_builder import INPUT, logger_of
-from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS, Profile, Size
+from resnet_ensemble.export.engines.tensorrt_profiles import Profile, Size
 
 if TYPE_CHECKING:
     import tensorrt as trt

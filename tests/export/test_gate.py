@@ -9,7 +9,7 @@ from PIL import Image
 from resnet_ensemble.export import gate
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engine_store import TIMED_BATCHES
-from resnet_ensemble.export.engines import Precision, tensorrt_profiles
+from resnet_ensemble.export.engines import BUCKETS, Precision
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.export.gate import CalibrationError, Finding
 from resnet_ensemble.server import images
@@ -43,7 +43,7 @@ def test_agreement_difference_and_errors_are_those_of_the_views() -> None:
     ("changes", "verdict"),
     [
         ({}, "passed"),
-        ({"agreement": 0.94}, "top-1 agreement 94.0% is below 95.0%"),
+        ({"agreement": 0.94}, "top-1 agreement 94.00% is below 95.0%"),
         ({"difference": 0.4}, "a probability differs by 0.40, more than 0.35"),
         ({"difference": float("nan")}, "a probability differs by nan, more than 0.35"),
         ({"correlation": 0.8}, "a class's scores have a correlation of 0.80, below 0.85"),
@@ -93,7 +93,7 @@ def test_an_answer_that_is_no_number_agrees_with_nothing() -> None:
     finding = gate.compare(found, reference, None)
 
     assert (finding.agreement, finding.difference) == (0.5, 1)
-    assert finding.verdict(gate.LIMITS["fp16"]) == "top-1 agreement 50.0% is below 99.0%"
+    assert finding.verdict(gate.LIMITS["fp16"]) == "top-1 agreement 50.00% is below 99.0%"
 
 
 def test_lower_precisions_have_wider_limits() -> None:
@@ -277,7 +277,7 @@ def test_golden_pictures_are_seen_in_all_their_views(shipped: Bundle) -> None:
 
 
 def test_batches_have_every_size_that_engines_are_timed_and_built_for() -> None:
-    assert gate.BATCHES == tensorrt_profiles.BUCKETS
+    assert gate.BATCHES == BUCKETS
     assert set(TIMED_BATCHES) <= set(gate.BATCHES)
 
 

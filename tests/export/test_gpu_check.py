@@ -1,4 +1,4 @@
-"""What checks a GPU, on the fake one. Not yet run on a GPU."""
+"""What checks a GPU, on the fake one."""
 
 import json
 import subprocess
@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 
 from resnet_ensemble.export import gpu_check
 from resnet_ensemble.export.bundle import Bundle
-from resnet_ensemble.export.engines import onnx_runtime_cuda, tensorrt_builder, tensorrt_gpu, tensorrt_profiles
+from resnet_ensemble.export.engines import BUCKETS, onnx_runtime_cuda, tensorrt_builder, tensorrt_gpu
 from resnet_ensemble.export.engines.tensorrt_builder import BuildFailed, Plan
 from resnet_ensemble.export.gpu_check import Report
 from tests.export.engines import fake_gpu
 from tests.export.engines.fake_gpu import Cudart, TensorRt
-from tests.export.engines.test_gpu_backends import built
+from tests.export.engines.test_gpu_backends import Sessions, built
 
 CHECKS = ["build", "load", "parity", "layers", "CUDA graphs", "side by side", "whole views", "rates", "close"]
 
@@ -28,6 +29,8 @@ def cudart(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudart]:
     monkeypatch.setattr(onnx_runtime_cuda, "cudart", made)
     monkeypatch.setitem(sys.modules, "tensorrt", TensorRt(made))
     monkeypatch.setattr(tensorrt_builder, "build", built)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Sessions())
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(gpu_check, "SECONDS_PER_TIMING", 0.01)
     monkeypatch.setattr(gpu_check, "ROUNDS", 6)
     yield made
@@ -44,7 +47,7 @@ def check(bundle: Bundle, folder: Path, *precisions: Any) -> Report:
 
 
 def found(report: Report, name: str) -> gpu_check.Check:
-    (one,) = [check for check in report.checks if check.name.endswith(name)]
+    (one,) = [check for check in report.checks if check.name.endswith(name) and "onnxruntime-cuda/" not in check.name]
     return one
 
 
@@ -55,13 +58,30 @@ def test_where_all_holds_the_report_says_so_with_rates(cudart: Cudart, bundle: B
     for precision in ("fp32", "fp16"):
         assert [found(report, f"{precision}: {name}").held for name in CHECKS] == [True] * len(CHECKS)
     assert found(report, "damaged plans").found == "refused: cut in half, of no known kind, empty"
-    assert {len(rates) for rates in report.rates.values()} == {len(tensorrt_profiles.BUCKETS)}
+    assert {len(rates) for rates in report.rates.values()} == {len(BUCKETS)}
     written = json.loads((tmp_path / "gpu-check.json").read_text())
     assert (written["held"], written["about"]["device"]) == (True, "Fake GPU, compute 8.9, driver of CUDA 13000")
     text = (tmp_path / "gpu-check.md").read_text()
     parity = "96 views, in batches of 1, 2, 5, 10, 20, 40 and whole: top-1 agreement 100.0%"
     assert f"| small/tensorrt/fp16: parity | holds | {parity}" in text
     assert "| engine | 1 | 2 | 5 | 10 | 20 | 40 |" in text
+
+
+def test_where_tensorrt_is_missing_onnx_runtime_is_checked_nevertheless(
+    cudart: Cudart, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # what makes an import fail
+    report = check(bundle, tmp_path, "fp32", "fp16")
+
+    assert not report.held
+    (missing,) = [check for check in report.checks if not check.held]
+    assert (missing.name, missing.held) == ("tensorrt: all", None)
+    assert "pip install 'resnet-ensemble[tensorrt]'" in missing.found
+    assert set(report.rates) == {"small/onnxruntime-cuda/fp32", "small/onnxruntime-cuda/fp16"}
+    assert (report.about["device"], report.about["onnxruntime-cuda"]) == (
+        "Fake GPU, compute 8.9, driver of CUDA 13000",
+        onnxruntime.__version__,
+    )
 
 
 def test_what_can_t_be_built_is_said_and_the_other_precision_is_checked(
@@ -155,12 +175,14 @@ def test_a_driver_with_which_nothing_runs_is_no_missing_gpu(
     monkeypatch.setattr(gpu_check, "has_driver", lambda: True)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(shipped.path)])
     with monkeypatch.context() as broken:
-        broken.setattr(tensorrt_gpu, "cudart", Cudart(error=35))
+        for backend in (tensorrt_gpu, onnx_runtime_cuda):
+            broken.setattr(backend, "cudart", Cudart(error=35))
         with pytest.raises(
             SystemExit, match=r"driver is here, but CUDA can't use a GPU here \(cudaError[^;]*; install[^;]*$"
         ):
             gpu_check.main()
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # what makes an import fail
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
 
     with pytest.raises(SystemExit, match=r"driver is here, but .*pip install 'resnet-ensemble\[tensorrt\]'"):
         gpu_check.main()

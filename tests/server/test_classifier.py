@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from resnet_ensemble.export import host
+from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.classifier import Classifier, load
@@ -55,6 +56,38 @@ def test_a_lone_view_runs_on_every_core_of_several(
     # The last of the four members' views has nothing beside it.
     assert any(len(engine.batches) > 1 for engine in lone) == (opened > 0)
     assert {*map(id, closed)} == {*map(id, made)}
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked", "streams", "in_one_batch"),
+    [("onnxruntime-cuda", None, 2, True), ("tensorrt", 5, 5, True), ("onnxruntime", None, 3, False)],
+)
+def test_a_gpu_has_two_streams_and_runs_an_image_s_views_in_one_batch(
+    monkeypatch: pytest.MonkeyPatch,
+    png: Callable[..., bytes],
+    pair: Bundle,
+    backend: str,
+    asked: int | None,
+    streams: int,
+    in_one_batch: bool,
+) -> None:
+    monkeypatch.setattr(host, "cores", lambda: 3)
+    made: list[FakeEngine] = []
+
+    def opener(bundle: object, member: object, settings: object, threads: int = 1) -> FakeEngine:
+        engine = FakeEngine(10)
+        engine.info = EngineInfo(backend, "1", "fp32", "a device", threads)
+        made.append(engine)
+        return engine
+
+    classifier = load(Settings(bundle=pair.path, max_batch=10, streams=asked), Metrics(), opener)
+    assert classifier.streams == streams
+    one = made[0]
+    one.batches.clear()
+    asyncio.run(classifier.classify([png(0)], Options(protocol="10crop")))
+    classifier.close()
+
+    assert (one.batches == [10]) == in_one_batch
 
 
 def test_what_is_an_error_already_keeps_its_place(classifier: Classifier, png: Callable[..., bytes]) -> None:

@@ -141,6 +141,13 @@ def test_a_lone_image_is_shared_out_over_the_streams() -> None:
     assert run_all(found) == [(0, 10), (1, 5), (1, 3), (1, 1), (1, 1)]  # while one stream runs 10, another has the rest
 
 
+def test_on_a_gpu_a_lone_image_s_views_of_a_member_are_one_batch() -> None:
+    found = dispatcher(streams=2, spread=False)
+    add(found, 1)
+
+    assert run_all(found) == [(0, 10), (1, 10)]
+
+
 def test_views_of_other_shapes_are_not_packed_together_and_large_ones_make_smaller_batches() -> None:
     found = dispatcher()
     for side in (1, 2, 8):

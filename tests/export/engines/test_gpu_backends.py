@@ -1,7 +1,11 @@
 """The backends for GPUs on a machine without one, and on a fake. Not yet run on a GPU."""
 
+import gc
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +22,13 @@ from resnet_ensemble.export.engine_store import EngineStore
 from resnet_ensemble.export.engines import (
     BackendUnavailable,
     EngineLoadError,
+    EngineRunError,
     onnx_runtime_cuda,
     tensorrt_builder,
     tensorrt_gpu,
 )
 from resnet_ensemble.export.engines.tensorrt_builder import INNER, BuildFailed, Plan
+from resnet_ensemble.training.views import Preprocessing
 from tests.export.engines import fake_gpu
 from tests.export.engines.fake_gpu import Cudart, TensorRt
 
@@ -242,75 +248,166 @@ def test_the_cpu_s_onnx_runtime_is_not_taken_for_the_gpu_s(cudart: Cudart) -> No
 SHAPES = frozenset({"Shape", "Range", "Min", "Clip"})  # what works out sizes, on the CPU
 
 
-class Session:
-    """A session that says what it runs on, `left` on the CPU. It runs on the CPU."""
+class Sessions:
+    """Sessions that say what they run on, `left` on the CPU, and whose second size would take long on a GPU.
 
-    def __init__(self, used: str, left: frozenset[str] = SHAPES) -> None:
+    They run on the CPU. `sizes`: what each that is still held was given; `full`: a GPU with memory for so many.
+    """
+
+    def __init__(self, used: str = "CUDAExecutionProvider", left: frozenset[str] = SHAPES) -> None:
         self.used = used
         self.left = left
+        self.full: int | None = None
+        self.providers: list[dict[str, str]] = []
+        self._open: weakref.WeakSet[_Session] = weakref.WeakSet()
 
-    def __call__(self, graph: bytes, options: Any, providers: Any) -> Any:
-        assert providers[0][0] == "CUDAExecutionProvider"
-        self.session = SESSION(graph, options, providers=["CPUExecutionProvider"])
-        return self
+    def __call__(self, graph: bytes, options: Any = None, providers: Any = ()) -> Any:
+        if providers == ["CPUExecutionProvider"]:
+            return SESSION(graph, options, providers=providers)
+        ((name, chosen),) = providers
+        assert name == "CUDAExecutionProvider"
+        self.providers.append(chosen)
+        made = _Session(self, SESSION(graph, options, providers=["CPUExecutionProvider"]))
+        self._open.add(made)
+        return made
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        gc.collect()
+        return sorted(size for session in self._open for size in session.sizes)
+
+
+class _Session:
+    def __init__(self, all_: Sessions, session: Any) -> None:
+        self.all = all_
+        self.session = session
+        self.sizes: set[tuple[int, ...]] = set()
+        self.threads: set[int] = set()
 
     def get_provider_graph_assignment_info(self) -> list[Any]:
         return [
-            SimpleNamespace(ep_name=providers[node.op_type in self.left], get_nodes=lambda node=node: [node])
+            SimpleNamespace(ep_name=providers[node.op_type in self.all.left], get_nodes=lambda node=node: [node])
             for part in self.session.get_provider_graph_assignment_info()
             for node in part.get_nodes()
             for providers in [self.get_providers()]
         ]
 
     def get_providers(self) -> list[str]:
-        return [self.used, "CPUExecutionProvider"]
+        return [self.all.used, "CPUExecutionProvider"]
 
-    def run(self, *arguments: Any) -> Any:
-        return self.session.run(*arguments)
+    def run(self, names: Any, inputs: dict[str, Any]) -> Any:
+        new = {inputs["views"].shape} - self.sizes
+        if new and self.all.full is not None and len(self.all.sizes) >= self.all.full:
+            raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer")
+        self.sizes |= new
+        self.threads.add(threading.get_ident())
+        assert len(self.sizes) == len(self.threads) == 1
+        return self.session.run(names, inputs)
 
 
 SESSION = onnxruntime.InferenceSession
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_refused(
-    cudart: Cudart, pair: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph = pair.read(pair.manifest.members[0])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Session("CPUExecutionProvider"))
+@pytest.fixture
+def sessions(cudart: Cudart, monkeypatch: pytest.MonkeyPatch) -> Sessions:
+    found = Sessions()
+    monkeypatch.setattr(onnxruntime, "InferenceSession", found)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    return found
+
+
+def opened(graph: bytes, precision: engines.Precision = "fp32", crop: int = 32) -> engines.Engine:
+    seen = Preprocessing(crop, crop, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return onnx_runtime_cuda.load(onnx_runtime_cuda.compile(graph, precision, seen), precision)
+
+
+def noise(*size: int) -> Any:
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+
+
+def test_a_session_that_fell_back_to_the_cpu_is_refused(pair: Bundle, sessions: Sessions) -> None:
+    sessions.used = "CPUExecutionProvider"
 
     with pytest.raises(EngineLoadError, match="instead of CUDAExecutionProvider on Fake GPU"):
-        onnx_runtime_cuda.load(graph, "fp32")
+        opened(pair.read(pair.manifest.members[0]))
 
 
-def test_a_session_that_leaves_a_layer_on_the_cpu_is_refused(
-    cudart: Cudart, pair: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph = pair.read(pair.manifest.members[0])
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Session("CUDAExecutionProvider", SHAPES | {"Conv", "Relu"}))
+def test_a_session_that_leaves_a_layer_on_the_cpu_is_refused(pair: Bundle, sessions: Sessions) -> None:
+    sessions.left = SHAPES | {"Conv", "Relu"}
 
     with pytest.raises(EngineLoadError, match="runs Conv, Relu on the CPU, not on Fake GPU"):
-        onnx_runtime_cuda.load(graph, "fp32")
+        opened(pair.read(pair.manifest.members[0]))
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
 def test_the_real_onnx_runtime_of_cpus_is_refused_at_its_first_session(cudart: Cudart, pair: Bundle) -> None:
     with pytest.raises(EngineLoadError, match="ONNX Runtime"):
-        onnx_runtime_cuda.load(pair.read(pair.manifest.members[0]), "fp32")
+        opened(pair.read(pair.manifest.members[0]))
+
+
+def test_what_is_no_engine_is_refused(cudart: Cudart) -> None:
+    with pytest.raises(EngineLoadError, match="no engine of ONNX Runtime's for GPUs"):
+        onnx_runtime_cuda.load(b"\x08\n", "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_session_on_the_gpu_answers(
-    cudart: Cudart, pair: Bundle, monkeypatch: pytest.MonkeyPatch, precision: engines.Precision
-) -> None:
-    member = pair.manifest.members[0]
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Session("CUDAExecutionProvider"))
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+def test_a_session_on_the_gpu_answers(pair: Bundle, sessions: Sessions, precision: engines.Precision) -> None:
     assert precision in onnx_runtime_cuda.precisions()
-
-    compiled = onnx_runtime_cuda.compile(pair.read(member), precision, member.preprocessing)
-    engine = onnx_runtime_cuda.load(compiled, precision)
+    engine = opened(pair.read(pair.manifest.members[0]), precision)
 
     answers = engine.run(np.zeros((2, 32, 32, 3), np.uint8))
     np.testing.assert_allclose(answers.sum(axis=1), 1, atol=1e-5)
     assert (engine.info.backend, engine.info.device) == ("onnxruntime-cuda", "Fake GPU")
+    assert {chosen["use_tf32"] for chosen in sessions.providers} == {"0" if precision == "fp32" else "1"}
     engine.close()
+    engine.close()
+    assert sessions.sizes == []
+
+
+def test_each_session_sees_one_size_and_batches_are_padded_or_split(sessions: Sessions) -> None:
+    graph = fake_gpu.member()
+    engine, alone = opened(graph), SESSION(graph, providers=["CPUExecutionProvider"])
+    ready = [(n, 32, 32, 3) for n in engines.BUCKETS]
+    assert sessions.sizes == ready
+
+    with ThreadPoolExecutor(4) as pool:
+        for views in [noise(n, 32, 32) for n in (1, 3, 10, 40, 41, 97)] + [noise(n, 32, 48) for n in (1, 2, 9)]:
+            for answers in pool.map(engine.run, [views] * 3):
+                np.testing.assert_allclose(answers, alone.run(None, {"views": views})[0], atol=1e-6)
+
+    assert sessions.sizes == sorted([*ready, (1, 32, 48, 3), (4, 32, 48, 3)])
+
+
+def test_sizes_of_whole_views_that_were_not_used_for_long_go(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_runtime_cuda, "_MOST", 2)
+    engine = opened(fake_gpu.member())
+
+    for width in (40, 48, 40, 56):
+        engine.run(noise(1, 32, width))
+
+    others = [size for size in sessions.sizes if size[2] != 32]
+    assert others == [(1, 32, 40, 3), (1, 32, 56, 3)]
+
+
+def test_where_memory_is_full_other_sizes_of_whole_views_make_room(sessions: Sessions) -> None:
+    engine = opened(fake_gpu.member())
+    sessions.full = len(engines.BUCKETS) + 2
+
+    for width in (40, 48, 56):
+        assert engine.run(noise(1, 32, width)).shape == (1, 10)
+    assert [size for size in sessions.sizes if size[2] != 32] == [(1, 32, 56, 3)]
+
+    sessions.full = 0
+    with pytest.raises(EngineRunError, match="Failed to allocate"):
+        engine.run(noise(1, 32, 64))
+    assert engine.run(noise(7, 32, 32)).shape == (7, 10)
+
+
+def test_a_gpu_without_memory_for_crops_is_a_reason_not_to_load(sessions: Sessions) -> None:
+    sessions.full = 3
+
+    with pytest.raises(EngineRunError, match="Failed to allocate"):
+        opened(fake_gpu.member())
+    assert sessions.sizes == []

@@ -14,9 +14,9 @@ from PIL import Image
 
 from resnet_ensemble.export import engines
 from resnet_ensemble.export.bundle import Bundle
-from resnet_ensemble.export.engines import BackendUnavailable, EngineLoadError, gpu, tensorrt_builder
+from resnet_ensemble.export.engines import BUCKETS, BackendUnavailable, EngineLoadError, gpu, tensorrt_builder
 from resnet_ensemble.export.engines.gpu import CudaError
-from resnet_ensemble.export.engines.tensorrt_profiles import BUCKETS, profiles
+from resnet_ensemble.export.engines.tensorrt_profiles import profiles
 from resnet_ensemble.export.engines.tensorrt_runtime import TensorRtEngine, TensorRtError
 from resnet_ensemble.training.views import SCALES, Preprocessing, make_whole_views
 from tests.export.engines import fake_gpu
