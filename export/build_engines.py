@@ -14,8 +14,8 @@ a label, the error too. INT8 and FP8 are calibrated on the same pictures, or wer
 fastest engines are chosen that together have FP32's label on 98 % of the pictures, over ten crops (150 at most).
 
 What was found is written to BUNDLE.engines/ beside the bundle, where the server looks for it. A second run reuses what
-is still valid. Where there is an NVIDIA GPU, its engines are built, too (--device); on a GPU none of this has been run
-yet.
+is still valid. Where there is an NVIDIA GPU, its engines are built, too (--device): ONNX Runtime's, as was done on an
+H200, and TensorRT's, which have not been built on a GPU yet.
 
 Exit code 0: every member that was asked for has an engine that passed. 1: one has none, or something stopped it; the
 message says what. 2: the options contradict each other.

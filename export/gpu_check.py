@@ -4,15 +4,15 @@
     python export/gpu_check.py bundles/mine --report runs/gpu
     make gpu-check
 
-Nothing here has been run on a GPU yet; this is what tells. Each check stands alone, so that one that fails hides no
-other. For each member and precision: is a plan built, what does TensorRT tell of its layers, does it give the answers
-of ONNX Runtime's FP32, in batches of every size and to whole views, are all batches captured as CUDA graphs, do runs
-side by side give what they give one by one, do whole views of extreme sizes run, how many views/s does it do for each
-batch, can it be closed? At last: does TensorRT refuse damaged plans? Writes gpu-check.md and gpu-check.json after every
-engine, should a library crash.
+TensorRT has not been run on a GPU yet; this is what tells. Each check stands alone, so that one that fails hides no
+other. For each member, of TensorRT and of ONNX Runtime, in each precision: is an engine built, does it give the answers
+of ONNX Runtime's FP32 on the CPU, in batches of every size and to whole views, do runs side by side give what they give
+one by one, do whole views of extreme sizes run, how many views/s does it do for each batch, can it be closed? What does
+TensorRT tell of its layers, are all batches captured as CUDA graphs, and at last, are damaged plans refused? Writes
+gpu-check.md and gpu-check.json after every engine, should a library crash.
 
-Exit code 0: all held, or there is no GPU to check. 1: something did not hold, or there is a driver and yet no GPU or no
-TensorRT that can be used. 2: a member that was asked for is not there.
+Exit code 0: all held, or there is no GPU to check. 1: something did not hold, or there is a driver and yet no GPU, no TensorRT
+or no ONNX Runtime that can use it. 2: a member that was asked for is not there.
 """
 
 import argparse

@@ -441,6 +441,9 @@ def test_ctrl_c_ends_it_without_a_word(
             time.sleep(0.01)
 
     monkeypatch.setattr(train, "step", interrupt)
-
-    assert command() == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have their background jobs ignore it
+    try:
+        assert command() == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""The backends for GPUs on a machine without one, and on a fake. Not yet run on a GPU."""
+"""The backends for GPUs on a machine without one, and on a fake. `make gpu-check` is what runs them on a GPU."""
 
 import gc
 import sys
