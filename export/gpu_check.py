@@ -11,8 +11,8 @@ one by one, do whole views of extreme sizes run, how many views/s does it do for
 TensorRT tell of its layers, are all batches captured as CUDA graphs, and at last, are damaged plans refused? Writes
 gpu-check.md and gpu-check.json after every engine, should a library crash.
 
-Exit code 0: all held, or there is no GPU to check. 1: something did not hold, or there is a driver and yet no GPU, no TensorRT
-or no ONNX Runtime that can use it. 2: a member that was asked for is not there.
+Exit code 0: all held, or there is no GPU to check. 1: something did not hold, or there is a driver and yet no GPU, no
+TensorRT or no ONNX Runtime that can use it. 2: a member that was asked for is not there.
 """
 
 import argparse

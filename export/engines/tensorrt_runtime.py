@@ -1,7 +1,7 @@
 """A TensorRT plan, ready to run: CUDA graphs of the usual batches, several runs side by side.
 
-`module` is `tensorrt` and `cudart` is `cuda.bindings.runtime`; tests pass others. Not yet run with TensorRT: the order of
-the calls is that of NVIDIA's headers and of trtexec, and tests/export/engines/fake_gpu.py refuses any other.
+`module` is `tensorrt` and `cudart` is `cuda.bindings.runtime`; tests pass others. Not yet run with TensorRT: the order
+of the calls is that of NVIDIA's headers and of trtexec, and tests/export/engines/fake_gpu.py refuses any other.
 
 The engine's weights are shared. What a run changes belongs to a slot: a stream, pinned and device memory, and contexts,
 of which none is used by two threads at once. Crops run as CUDA graphs, one for each batch of BUCKETS and a context for
