@@ -1,6 +1,6 @@
 # The server, on a CPU, or with ONNX Runtime for NVIDIA GPUs (--target gpu; not yet run on one):
 #   docker build --target cpu -t resnet-ensemble .
-#   docker run -p 8000:8000 resnet-ensemble
+#   docker run -p 8000:8000 resnet-ensemble           # with --gpus all for the other target
 # Nothing is fetched at start: the CIFAR-10 bundle is inside. For another one: -v DIR:/bundle -e RESNET_BUNDLE=/bundle,
 # and its engines, if export/build_engines.py has built them on such a host: -v DIR.engines:/bundle.engines
 FROM python:3.13-slim AS base

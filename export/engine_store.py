@@ -21,7 +21,14 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from resnet_ensemble.export import engines, golden, host, sealed
 from resnet_ensemble.export.bundle import Bundle, Member
-from resnet_ensemble.export.engines import BackendUnavailable, Engine, EngineBuildError, EngineRunError, Precision
+from resnet_ensemble.export.engines import (
+    BackendUnavailable,
+    Engine,
+    EngineBuildError,
+    EngineLoadError,
+    EngineRunError,
+    Precision,
+)
 from resnet_ensemble.export.gate import ERROR_MARGIN, LIMITS
 from resnet_ensemble.training.files import read_regular, write_together
 
@@ -282,12 +289,14 @@ def _hash(file: Path) -> str:
 def open_engine(bundle: Bundle, member: Member, backend: str | None = None, threads: int = 1) -> Engine:
     """The fastest engine that was built and passed, otherwise FP32 compiled now; checked against the golden pictures.
 
+    FP32 is ONNX Runtime's, on the GPU if it can use one.
+
     `threads`: of the CPU, for each run. Raises BundleError, BackendUnavailable.
     """
     graph = bundle.read(member)
     store = EngineStore(bundle)
     stored = store.best(member, backend)
-    name = stored.record.backend if stored else backend or engines.DEFAULT
+    name = stored.record.backend if stored else backend or engines.default()
     precision: Precision = stored.record.precision if stored else "fp32"
     if stored is None and any(record.member == member.name for record in store.records().values()):
         log.warning(
@@ -303,6 +312,10 @@ def open_engine(bundle: Bundle, member: Member, backend: str | None = None, thre
         difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, precision))
     except (EngineBuildError, EngineRunError) as error:
         raise BackendUnavailable(f"{member.name} can't run on {name}: {error}") from None
+    except EngineLoadError as error:
+        if name == backend or name == engines.DEFAULT:
+            raise
+        raise BackendUnavailable(f"{error}. To run on the CPU, ask for the backend {engines.DEFAULT}") from None
     info = engine.info
     log.info("%s on %s %s %s: golden check %.1e", member.name, info.backend, info.version, info.precision, difference)
     return engine

@@ -87,7 +87,7 @@ class Backend(Protocol):
 # asked for by name.
 ON = {"cpu": ("onnxruntime", "openvino"), "cuda": ("onnxruntime-cuda", "tensorrt")}
 BACKENDS = (*ON["cpu"], *ON["cuda"])
-# What runs a bundle where nothing was built.
+# What others are compared with, and what runs a bundle where nothing was built and ONNX Runtime can't use a GPU.
 DEFAULT = "onnxruntime"
 # The file of each backend, and others that it compiles with.
 _MODULES = {
@@ -160,6 +160,11 @@ def runs(name: str, precision: Precision) -> bool:
         return name in _MODULES and precision in backend(name).precisions()
     except BackendUnavailable:
         return False
+
+
+def default() -> str:
+    """What runs a bundle where nothing was built: ONNX Runtime, on the GPU if it can use one."""
+    return "onnxruntime-cuda" if runs("onnxruntime-cuda", "fp32") else DEFAULT
 
 
 def unavailable(device: Device) -> list[str]:

@@ -405,6 +405,26 @@ def test_where_memory_is_full_other_sizes_of_whole_views_make_room(sessions: Ses
     assert engine.run(noise(7, 32, 32)).shape == (7, 10)
 
 
+def test_where_nothing_was_built_the_gpu_is_used_if_it_can_be(
+    sessions: Sessions, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = bundle.manifest.members[0]
+
+    engine = engine_store.open_engine(bundle, member)
+    asked = engine_store.open_engine(bundle, member, "onnxruntime")
+    assert (engine.info.backend, asked.info.backend) == ("onnxruntime-cuda", "onnxruntime")
+    engine.close()
+
+    sessions.used = "CPUExecutionProvider"
+    with pytest.raises(BackendUnavailable, match=r"CUDA or cuDNN is missing .*ask for the backend onnxruntime$"):
+        engine_store.open_engine(bundle, member)
+    with pytest.raises(EngineLoadError, match=r"CUDA or cuDNN is missing .*\[gpu\]'\)$"):
+        engine_store.open_engine(bundle, member, "onnxruntime-cuda")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert engine_store.open_engine(bundle, member).info.backend == "onnxruntime"
+
+
 def test_a_gpu_without_memory_for_crops_is_a_reason_not_to_load(sessions: Sessions) -> None:
     sessions.full = 3
 
