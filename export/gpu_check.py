@@ -7,9 +7,10 @@
 TensorRT has not been run on a GPU yet; this is what tells. Each check stands alone, so that one that fails hides no
 other. For each member, of TensorRT and of ONNX Runtime, in each precision: is an engine built, does it give the answers
 of ONNX Runtime's FP32 on the CPU, in batches of every size and to whole views, do runs side by side give what they give
-one by one, do whole views of extreme sizes run, how many views/s does it do for each batch, can it be closed? What does
-TensorRT tell of its layers, are all batches captured as CUDA graphs, and at last, are damaged plans refused? Writes
-gpu-check.md and gpu-check.json after every engine, should a library crash.
+one by one, do whole views of extreme sizes run, are batches of changing sizes as quick as those of one, how many
+views/s does it do for each batch, can it be closed? What does TensorRT tell of its layers, are all batches captured as
+CUDA graphs, and at last, are damaged plans refused? Writes gpu-check.md and gpu-check.json after every engine, should a
+library crash.
 
 Exit code 0: all held, or there is no GPU to check. 1: something did not hold, or there is a driver and yet no GPU, no
 TensorRT or no ONNX Runtime that can use it. 2: a member that was asked for is not there.
@@ -51,6 +52,9 @@ from resnet_ensemble.training.views import Preprocessing
 SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
 SECONDS_PER_TIMING = 1.0
 ROUNDS = 20  # of runs side by side
+# How much longer runs may take whose sizes change: so much that no noise explains it. A session of ONNX Runtime, which
+# plans its convolutions anew, took 110 to 170 ms, and 1.3 to 4.8 where they did not (NVIDIA H200, 2026-11-27).
+SLOWEST_IN_TURN = 5
 
 T = TypeVar("T")
 
@@ -220,6 +224,7 @@ def _check_engine(
             report.run(f"{title}: CUDA graphs", lambda: _captured(engine))
         report.run(f"{title}: side by side", lambda: _side_by_side(engine, seen))
         report.run(f"{title}: whole views", lambda: _whole_views(engine, seen))
+        report.run(f"{title}: sizes in turn", lambda: _in_turn(engine, seen))
         rates = report.run(f"{title}: rates", lambda: _rates(engine, seen))
         if rates:
             report.rates[title] = rates
@@ -319,6 +324,23 @@ def _whole_views(engine: Engine, seen: Preprocessing) -> tuple[None, str]:
     if worst > 0.05:  # kernels, and with them rounding, may depend on the batch
         raise DoesNotHold(f"a view's probabilities depend on its batch by {worst:.1e}")
     return None, f"{', '.join(f'{h} x {w}' for h, w in sizes)}; in a batch of 2 within {worst:.1e} of alone"
+
+
+def _in_turn(engine: Engine, seen: Preprocessing) -> tuple[None, str]:
+    """Batches come in any size, one after the other: that must not cost more than those of one size."""
+
+    def seconds(views: NDArray[np.uint8]) -> float:
+        began = time.perf_counter()
+        engine.run(views)
+        return time.perf_counter() - began
+
+    batches = [_noise(n, seen.crop, seen.crop) for n in BUCKETS]
+    alike = sum(statistics.median([seconds(views) for _ in range(7)][2:]) for views in batches)
+    in_turn = statistics.median(sum(map(seconds, batches)) for _ in range(5))
+    found = f"{in_turn / alike:.2f} times as long as those of one size"
+    if in_turn > SLOWEST_IN_TURN * alike:
+        raise DoesNotHold(f"batches of {', '.join(map(str, BUCKETS))} in turn take {found}")
+    return None, found
 
 
 def _rates(engine: Engine, seen: Preprocessing) -> tuple[dict[str, list[float]], str]:

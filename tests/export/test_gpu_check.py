@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from tests.export.engines import fake_gpu
 from tests.export.engines.fake_gpu import Cudart, TensorRt
 from tests.export.engines.test_gpu_backends import Sessions, built
 
-CHECKS = ["build", "load", "parity", "layers", "CUDA graphs", "side by side", "whole views", "rates", "close"]
+CHECKS = [
+    *("build", "load", "parity", "layers", "CUDA graphs", "side by side", "whole views", "sizes in turn", "rates"),
+    "close",
+]
 
 
 @pytest.fixture
@@ -132,6 +136,31 @@ def test_wrong_answers_and_answers_that_depend_on_neighbours_are_found(
     failed = {check.name.split(": ")[1] for check in report.checks if check.held is False}
     assert {"parity", "side by side"} <= failed
     assert "top-1 agreement" in found(report, "fp32: parity").found
+
+
+def test_an_engine_that_is_slow_where_sizes_change_is_found(
+    cudart: Cudart, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = tensorrt_gpu.load
+
+    def planning(compiled: bytes, precision: Any) -> Any:
+        engine = load(compiled, precision)
+        run, last = engine.run, [0]
+
+        def slow(views: Any) -> Any:
+            if len(views) != last[0]:
+                time.sleep(0.05)
+            last[0] = len(views)
+            return run(views)
+
+        monkeypatch.setattr(engine, "run", slow)
+        return engine
+
+    monkeypatch.setattr(tensorrt_gpu, "load", planning)
+    report = check(bundle, tmp_path)
+
+    assert [check.name for check in report.checks if not check.held] == ["small/tensorrt/fp32: sizes in turn"]
+    assert "1, 2, 5, 10, 20, 40 in turn take" in found(report, "sizes in turn").found
 
 
 def test_a_damaged_plan_that_is_taken_is_found(
