@@ -43,7 +43,7 @@ from resnet_ensemble.export.bundle import Bundle, BundleError
 from resnet_ensemble.export.engines import BackendUnavailable, Engine
 from resnet_ensemble.export.labelled import PictureUnreadable
 from resnet_ensemble.server import calibration, images, temperature, thresholds
-from resnet_ensemble.server.calibration import Calibration, Cost, Draft, Temperature
+from resnet_ensemble.server.calibration import Calibration, Draft, RuleCost, Temperature
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.plan import Step
 from resnet_ensemble.server.settings import Settings, SettingsError, from_environment
@@ -269,7 +269,9 @@ def calibrate(
         planned=len(every),
         seconds=tuple(tuple(row) for row in seconds),
         costs={
-            name: Cost(views=float(stop.views.mean()), cost=min(1.0, float(stop.seconds.mean() / walks.seconds[-1])))
+            name: RuleCost(
+                views=float(stop.views.mean()), cost=min(1.0, float(stop.seconds.mean() / walks.seconds[-1]))
+            )
             for name, stop in stops.items()
         },
         errors=errors,

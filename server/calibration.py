@@ -69,7 +69,7 @@ class Temperature(_Part):
     loss_after: float = Field(ge=0)
 
 
-class Cost(_Part):
+class RuleCost(_Part):
     """What a stop rule takes on the images that certify. `cost`: seconds, as a share of those of all views."""
 
     views: float = Field(ge=0)
@@ -118,7 +118,7 @@ class Calibration(_Part):
     disagreements: Count
     planned: int = Field(gt=0)
     seconds: tuple[tuple[float, ...], ...]
-    costs: dict[str, Cost]
+    costs: dict[str, RuleCost]
     errors: dict[str, float] | None
     temperatures: dict[str, Temperature] | None
     draft: Draft | None = None  # files that were written before there were drafts have none

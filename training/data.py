@@ -164,7 +164,7 @@ class TrainingFiles(Dataset[tuple[Tensor, int]]):
         return crop.permute(1, 2, 0).contiguous(), label
 
 
-class Plan(Sampler[list[Key]]):
+class EpochBatches(Sampler[list[Key]]):
     """The keys of each batch of the coming epoch; set before the loader is iterated, so that its workers persist."""
 
     def __init__(self) -> None:
@@ -199,10 +199,10 @@ class Folders:
         self.fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
         mine = TrainingFiles(validation[group.rank :: group.world], recipe)
         gpu = group.device.type == "cuda"
-        self._plan = Plan()
+        self._keys = EpochBatches()
         self._loader = DataLoader(
             self._training,
-            batch_sampler=cast("Sampler[list[int]]", self._plan),
+            batch_sampler=cast("Sampler[list[int]]", self._keys),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=gpu,
@@ -235,7 +235,7 @@ class Folders:
         seeds = torch.randint(2**62, (self.train_images,), generator=generator).tolist()
         colours = [_colours(self._recipe, size, generator) for _ in range(stop)][start:]
         share = self._group.share
-        self._plan.batches = [
+        self._keys.batches = [
             [Key(order[i], seeds[i], crop) for i in share(torch.arange(first, first + size)).tolist()]
             for first in range(start * size, stop * size, size)
         ]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from resnet_ensemble.export.bundle import Bundle, BundleInvalid
 from resnet_ensemble.export.engines import EngineInfo
 from resnet_ensemble.server import calibration
-from resnet_ensemble.server.calibration import Calibration, Cost, Draft, NotCalibrated
+from resnet_ensemble.server.calibration import Calibration, Draft, NotCalibrated, RuleCost
 from resnet_ensemble.server.stopping import Calibrated
 
 FP32 = EngineInfo("onnxruntime", "1", "fp32", "cpu", threads=1)
@@ -40,7 +40,7 @@ def found(bundle: Bundle, engine: EngineInfo = FP32, **changed: Any) -> Calibrat
         "disagreements": 0,
         "planned": 4,
         "seconds": [[1.0], [2.0]],
-        "costs": {"exact": Cost(views=3, cost=0.8), "calibrated": Cost(views=2, cost=0.4)},
+        "costs": {"exact": RuleCost(views=3, cost=0.8), "calibrated": RuleCost(views=2, cost=0.4)},
         "errors": None,
         "temperatures": None,
     }
