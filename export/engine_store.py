@@ -296,7 +296,7 @@ def open_engine(bundle: Bundle, member: Member, backend: str | None = None, thre
     graph = bundle.read(member)
     store = EngineStore(bundle)
     stored = store.best(member, backend)
-    name = stored.record.backend if stored else backend or engines.default()
+    name = stored.record.backend if stored else backend or _default(store)
     precision: Precision = stored.record.precision if stored else "fp32"
     if stored is None and any(record.member == member.name for record in store.records().values()):
         log.warning(
@@ -310,15 +310,24 @@ def open_engine(bundle: Bundle, member: Member, backend: str | None = None, thre
         compiled = stored.content if stored else implementation.compile(graph, precision, member.preprocessing)
         engine = implementation.load(compiled, precision, threads)
         difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, precision))
-    except (EngineBuildError, EngineRunError) as error:
-        raise BackendUnavailable(f"{member.name} can't run on {name}: {error}") from None
-    except EngineLoadError as error:
-        if name == backend or name == engines.DEFAULT:
+    except (EngineBuildError, EngineRunError, EngineLoadError) as error:
+        remedy = ""
+        if backend is None and name in engines.ON["cuda"]:
+            remedy = f". To run on the CPU, ask for the backend {engines.DEFAULT}"
+        elif isinstance(error, EngineLoadError):
             raise
-        raise BackendUnavailable(f"{error}. To run on the CPU, ask for the backend {engines.DEFAULT}") from None
+        raise BackendUnavailable(f"{member.name} can't run on {name}: {error}{remedy}") from None
     info = engine.info
     log.info("%s on %s %s %s: golden check %.1e", member.name, info.backend, info.version, info.precision, difference)
     return engine
+
+
+def _default(store: EngineStore) -> str:
+    """What runs a member without an engine in the store: what others, that have one, run on."""
+    records = store.records().values()
+    if records and not any(record.backend in engines.ON["cuda"] for record in records):
+        return engines.DEFAULT
+    return engines.default()
 
 
 def tolerance(bundle: Bundle, precision: Precision) -> float:

@@ -335,8 +335,10 @@ def _in_turn(engine: Engine, seen: Preprocessing) -> tuple[None, str]:
         return time.perf_counter() - began
 
     batches = [_noise(n, seen.crop, seen.crop) for n in BUCKETS]
-    alike = sum(statistics.median([seconds(views) for _ in range(7)][2:]) for views in batches)
-    in_turn = statistics.median(sum(map(seconds, batches)) for _ in range(5))
+    alike = sum(
+        min([seconds(views) for _ in range(7)][1:]) for views in batches
+    )  # the first has another size before it
+    in_turn = sum(map(min, zip(*[list(map(seconds, batches)) for _ in range(7)], strict=True)))
     found = f"{in_turn / alike:.2f} times as long as those of one size"
     if in_turn > SLOWEST_IN_TURN * alike:
         raise DoesNotHold(f"batches of {', '.join(map(str, BUCKETS))} in turn take {found}")

@@ -25,11 +25,12 @@ import logging
 import math
 import statistics
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from tqdm import tqdm
 
 from resnet_ensemble.export import engine_store, host, labelled
 from resnet_ensemble.export.bundle import Bundle, BundleError
-from resnet_ensemble.export.engines import BackendUnavailable, Engine
+from resnet_ensemble.export.engines import ON, BackendUnavailable, Engine
 from resnet_ensemble.export.labelled import PictureUnreadable
 from resnet_ensemble.server import calibration, images, temperature, thresholds
 from resnet_ensemble.server.calibration import Calibration, Draft, RuleCost, Temperature
@@ -133,6 +134,8 @@ def run(
     sizes = block_sizes(protocol)
     vectors = np.empty((pictures.count, len(members) * sum(sizes), len(bundle.manifest.labels)), np.float32)
     timed: list[list[list[float]]] = [[[] for _ in sizes] for _ in members]
+    gpu = threading.Lock()  # runs side by side would wait for each other, and all seem as slow as the slowest
+    turns = [gpu if engine.info.backend in ON["cuda"] else nullcontext() for engine in engines]
 
     def run_some(start: int) -> int:
         chosen = range(start, min(start + _IMAGES_A_RUN, pictures.count))
@@ -146,9 +149,11 @@ def run(
                     groups[blocks[block].shape].append((index, blocks[block]))
                 for group in groups.values():
                     views = np.concatenate([views for _, views in group])
-                    began = time.perf_counter()
-                    answers = engine.run(views)
-                    timed[place][block].append((time.perf_counter() - began) / len(views))
+                    with turns[place]:
+                        began = time.perf_counter()
+                        answers = engine.run(views)
+                        seconds = time.perf_counter() - began
+                    timed[place][block].append(seconds / len(views))
                     indices = [index for index, _ in group]
                     vectors[indices, step : step + size] = answers.reshape(len(group), size, -1)
                 step += size

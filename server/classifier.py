@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from resnet_ensemble.export import engine_store, host
 from resnet_ensemble.export.bundle import Bundle, BundleError, Member
-from resnet_ensemble.export.engines import ON, Engine
+from resnet_ensemble.export.engines import ON, BackendUnavailable, Engine
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import costs, ensemble, images, stopping, temperature
 from resnet_ensemble.server.admission import Overloaded
@@ -34,8 +34,9 @@ Opener = Callable[..., Engine]  # as open_engine
 Content = bytes | NDArray[np.uint8]  # an encoded image, or the pixels (h, w, 3) of one
 _T = TypeVar("_T")
 _TOP = 5  # of "top-5 error"
-# Engine runs side by side on a GPU. While one computes, the other copies its views, and what comes meanwhile fills the
-# next batch. With 16 runs and 64 clients, 933 of a ResNet-50's 1,111 batches had one view (NVIDIA H200, 2026-11-27).
+# Engine runs side by side on a GPU: of two members, or of one whose views are copied while others are computed. What
+# comes meanwhile fills the next batch. With 16 runs and 64 clients, 933 of a ResNet-50's 1,111 batches had one view
+# (NVIDIA H200, 2026-11-27).
 _GPU_STREAMS = 2
 
 
@@ -107,8 +108,8 @@ class Classifier:
         except NotCalibrated as error:
             raise BundleError(f"the stop rule can't be {self.stop}: {error}") from None
         sides = [member.preprocessing.crop for member in members]
-        on_gpu = any(engine.info.backend in ON["cuda"] for engine in engines)
-        self.streams = settings.streams or (_GPU_STREAMS if on_gpu else host.cores())
+        on_gpu = [engine.info.backend in ON["cuda"] for engine in engines]
+        self.streams = settings.streams or (_GPU_STREAMS if all(on_gpu) else host.cores())
         self.scheduler = Scheduler(
             engines,
             lone=[
@@ -121,7 +122,7 @@ class Classifier:
             max_wait=settings.max_wait_seconds,
             max_bytes=settings.max_view_bytes,
             decoders=host.cores(),
-            shared=not on_gpu,
+            shared=not any(on_gpu),
             probes=[np.zeros((1, side, side, 3), np.uint8) for side in sides],
             reopen=lambda member: self._reopened(member, open_with(bundle, members[member], settings)),
             run_limit=settings.engine_timeout_seconds,
@@ -195,8 +196,15 @@ class Classifier:
                     lone.close()
 
     def _reopened(self, member: int, engine: Engine) -> Engine:
-        """A member has a new engine. It may be of another kind, if engines were built meanwhile."""
+        """A member has a new engine. It may be of another kind, if engines were built meanwhile.
+
+        Raises BackendUnavailable if it is on a CPU instead of a GPU, or the other way round: then nothing else fits it.
+        """
         infos = [known.info for known in self.engines]
+        before, now = infos[member].backend, engine.info.backend
+        if (before in ON["cuda"]) != (now in ON["cuda"]):
+            engine.close()
+            raise BackendUnavailable(f"it would run on {now} instead of {before}; restart the server for that")
         infos[member] = engine.info
         self.strategies = Strategies(self.bundle, infos, self.costs)
         return engine

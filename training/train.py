@@ -347,7 +347,9 @@ def _momentum(network: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Tenso
 def _wrap(network: nn.Module, group: Group, options: Options) -> nn.Module:
     """The network as the loop calls it: compiled, if asked, and sharing its gradients, if it is not alone."""
     alone = group.world == 1
-    mode = "reduce-overhead" if alone and group.device.type == "cuda" else None
+    # CUDA graphs, which do not add up the gradients of several parts.
+    graphs = alone and options.accumulate == 1 and group.device.type == "cuda"
+    mode = "reduce-overhead" if graphs else None
     model = cast("nn.Module", torch.compile(network, mode=mode)) if options.compile else network
     return model if alone else DistributedDataParallel(model, forward_sync_buffers=False)
 
@@ -435,7 +437,7 @@ def main() -> None:
     parser.add_argument(
         "--accumulate", type=_at_least(1), default=1, metavar="N", help="run each process's share of a batch in N parts"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, on one GPU with CUDA graphs")
     parser.add_argument(
         "--workers", type=_at_least(0), default=DEFAULTS.workers, help=f"loader processes (default: {DEFAULTS.workers})"
     )

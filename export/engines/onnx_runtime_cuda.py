@@ -9,8 +9,14 @@ a ResNet-50 110 to 170 ms, and a run 1.3 to 4.8 ms. When batches came as they we
 to a few sizes. (NVIDIA H200, ONNX Runtime 1.31.1, cuDNN 9.19, 2026-11-27.)
 """
 
+import queue
+import threading
+import weakref
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 import onnxruntime
@@ -45,19 +51,20 @@ _OPTIONS = {
     "fp16": {"use_tf32": "1", "prefer_nhwc": "1"},
 }
 _WHOLE = (1, WHOLE_VIEWS)  # what batches of whole views are padded up to
-# Sessions for whole views that are kept; `dense` sees pictures in 17 sizes. Those for crops took about 390 MB each for
-# a ResNet-50 in FP16.
+# Sessions for whole views that an engine keeps. `dense` sees pictures in 17 sizes; `multiscale` in 129, of which most
+# pictures share a few. Those for crops took about 390 MB each for a ResNet-50 in FP16, on average.
 _MOST = 40
 
 _Size = tuple[int, ...]  # (n, h, w, 3)
+_T = TypeVar("_T")
 
 
 class OnnxRuntimeCudaEngine:
     """Sessions on the first GPU, one a size of views. Raises EngineLoadError if a layer would run on the CPU.
 
-    Batches of crops are ready from the start, which takes two to three seconds. The first run of a size of whole views
-    takes about half a second. All runs are in one thread: ONNX Runtime keeps memory of cuDNN and cuBLAS for each thread
-    that a session was used in, and the GPU computes one batch after the other anyway.
+    Batches of crops are ready from the start, which takes seconds, and so does the first run of a size of whole views:
+    about 0.2 s to open a session, and 0.2 to 0.7 s to plan. All runs are in one thread: ONNX Runtime keeps memory of
+    cuDNN and cuBLAS for each thread that a session was used in, and the GPU computes one batch after the other anyway.
     """
 
     def __init__(self, graph: bytes, precision: Precision, crop: int) -> None:
@@ -67,23 +74,30 @@ class OnnxRuntimeCudaEngine:
         self._crop = crop
         self._crops: dict[_Size, onnxruntime.InferenceSession] = {}
         self._others: OrderedDict[_Size, onnxruntime.InferenceSession] = OrderedDict()  # the last used last
-        self._thread = ThreadPoolExecutor(1, "onnxruntime-cuda")
+        self._guard = threading.Lock()  # of the others, which any engine may drop
+        self._thread = _Thread()
         try:
-            self._thread.submit(self._prepare).result()
+            self._thread.run(self._prepare)
         except BaseException:
             self.close()
             raise
+        _engines.add(self)
         self.info = EngineInfo("onnxruntime-cuda", version(), precision, self._gpu.name, threads=1)
 
     def run(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probabilities (n, classes) of views (n, h, w, 3). Raises EngineRunError."""
-        return self._thread.submit(self._run, views).result()
+        return self._thread.run(lambda: self._run(views))
 
     def close(self) -> None:
         """Wait for what is running, then drop the sessions. A second call has no effect."""
-        self._thread.shutdown()
+        self._thread.end()
         self._crops.clear()
-        self._others.clear()
+        self.drop_others()
+
+    def drop_others(self) -> None:
+        """Give back the memory of sessions for whole views. One that runs meanwhile is kept until it has ended."""
+        with self._guard:
+            self._others.clear()
 
     def _prepare(self) -> None:
         for n in BUCKETS:
@@ -103,16 +117,18 @@ class OnnxRuntimeCudaEngine:
             views = np.concatenate([views, np.zeros((padded - n, *views.shape[1:]), np.uint8)])
         if session := self._crops.get(views.shape):
             return onnx_runtime.run(session, views)[:n]
-        if views.shape in self._others:
-            self._others.move_to_end(views.shape)
-            return onnx_runtime.run(self._others[views.shape], views)[:n]
-        try:
+        with self._guard:
+            session = self._others.get(views.shape)
+            if session is not None:
+                self._others.move_to_end(views.shape)
+        if session is not None:
+            return onnx_runtime.run(session, views)[:n]
+        with suppress(EngineRunError):
             return self._run_first(views)[:n]
-        except EngineRunError:
-            if not self._others:
-                raise
-            self._others.clear()  # the GPU's memory may be full
-            return self._run_first(views)[:n]
+        # The GPU's memory may be full, of any member's sessions. The one that failed is gone by now.
+        for engine in list(_engines):
+            engine.drop_others()
+        return self._run_first(views)[:n]
 
     def _run_first(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
         """With a session for this size, which is kept if it answers."""
@@ -121,9 +137,10 @@ class OnnxRuntimeCudaEngine:
         except EngineLoadError as error:  # those for crops could be opened
             raise EngineRunError(str(error)) from error
         answers = onnx_runtime.run(session, views)
-        self._others[views.shape] = session
-        if len(self._others) > _MOST:
-            self._others.popitem(last=False)
+        with self._guard:
+            self._others[views.shape] = session
+            if len(self._others) > _MOST:
+                self._others.popitem(last=False)
         return answers
 
     def _open(self) -> onnxruntime.InferenceSession:
@@ -155,6 +172,51 @@ class OnnxRuntimeCudaEngine:
         return session
 
 
+_engines: weakref.WeakSet[OnnxRuntimeCudaEngine] = weakref.WeakSet()
+
+
+class _Thread:
+    """Runs what it is given, one after the other. A run that hangs does not keep the process from ending."""
+
+    def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._guard = threading.Lock()
+        self._ended = False
+        self._thread = threading.Thread(target=_work, args=(self._tasks,), name="onnxruntime-cuda", daemon=True)
+        self._thread.start()
+        weakref.finalize(self, self._tasks.put, None)  # an engine that nobody closed takes its thread along
+
+    def run(self, task: Callable[[], _T]) -> _T:
+        """What the task returns or raises. Raises EngineRunError after the end."""
+        future: Future[_T] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(task())
+            except BaseException as error:  # noqa: BLE001  # it is the caller's
+                future.set_exception(error)
+
+        with self._guard:
+            if self._ended:
+                raise EngineRunError("the engine is closed")
+            self._tasks.put(work)
+        return future.result()
+
+    def end(self) -> None:
+        """Wait for the tasks that were given."""
+        with self._guard:
+            if not self._ended:
+                self._tasks.put(None)
+            self._ended = True
+        self._thread.join()
+
+
+def _work(tasks: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # with its views
+
+
 def _elsewhere(session: onnxruntime.InferenceSession) -> set[str]:
     """Kinds of layers that do not run on the GPU."""
     parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != PROVIDER]
@@ -183,8 +245,8 @@ def int8_form() -> Form:
 
 
 def identity(seen: Preprocessing) -> str:  # noqa: ARG001  # it takes views of any size
-    """GPU and driver."""
-    return _gpu().identity
+    """GPU and driver, and the batches that it is ready for."""
+    return f"{_gpu().identity}; {BUCKETS}, {_WHOLE}"
 
 
 def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  # noqa: A001  # the backends' common verb

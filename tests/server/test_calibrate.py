@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from resnet_ensemble.export import engine_store
+from resnet_ensemble.export import engine_store, host
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import calibrate, calibration, thresholds
@@ -73,6 +73,26 @@ def test_the_seconds_of_a_view_are_the_usual_ones_whatever_happens_once(bundle: 
     _, ((first,), (second,)) = calibrate.run(bundle, [slow, interrupted], pictures(40), "center")
 
     assert first > second >= 0.0005
+
+
+def test_runs_on_a_gpu_are_timed_one_by_one(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "cores", lambda: 4)
+    inside, most = [0], [0]
+
+    class Gpu(FakeEngine):
+        def run(self, views: np.ndarray) -> np.ndarray:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.001)
+            inside[0] -= 1
+            return super().run(views)
+
+    engines = [Gpu(10), Gpu(10)]
+    for engine in engines:
+        engine.info = replace(engine.info, backend="tensorrt")
+    calibrate.run(bundle, engines, pictures(64), "center")
+
+    assert most == [1]
 
 
 def test_what_is_reported_is_what_following_the_rule_gives(bundle: Bundle) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from resnet_ensemble.export import host
 from resnet_ensemble.export.bundle import Bundle
-from resnet_ensemble.export.engines import EngineInfo
+from resnet_ensemble.export.engines import BackendUnavailable, EngineInfo
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.classifier import Classifier, load
 from resnet_ensemble.server.errors import ApiError
@@ -88,6 +88,44 @@ def test_a_gpu_has_two_streams_and_runs_an_image_s_views_in_one_batch(
     classifier.close()
 
     assert (one.batches == [10]) == in_one_batch
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "streams"), [("tensorrt", "onnxruntime-cuda", 2), ("tensorrt", "openvino", 3)]
+)
+def test_where_some_members_run_on_the_cpu_each_core_has_a_stream(
+    monkeypatch: pytest.MonkeyPatch, pair: Bundle, first: str, others: str, streams: int
+) -> None:
+    monkeypatch.setattr(host, "cores", lambda: 3)
+    backends = iter([first, *[others] * 20])
+
+    def opener(bundle: object, member: object, settings: object, threads: int = 1) -> FakeEngine:
+        engine = FakeEngine(10)
+        engine.info = EngineInfo(next(backends), "1", "fp32", "a device", threads)
+        return engine
+
+    classifier = load(Settings(bundle=pair.path, max_batch=10), Metrics(), opener)
+    classifier.close()
+    assert classifier.streams == streams
+
+
+def test_an_engine_of_a_gpu_is_not_replaced_by_one_of_the_cpu(pair: Bundle, png: Callable[..., bytes]) -> None:
+    backends = ["onnxruntime-cuda", "onnxruntime-cuda"]
+    made: list[FakeEngine] = []
+
+    def opener(bundle: object, member: object, settings: object, threads: int = 1) -> FakeEngine:
+        engine = FakeEngine(10)
+        engine.info = EngineInfo((backends or ["onnxruntime"]).pop(), "1", "fp32", "a device", threads)
+        made.append(engine)
+        return engine
+
+    classifier = load(Settings(bundle=pair.path, max_batch=10), Metrics(), opener)
+
+    with pytest.raises(BackendUnavailable, match="would run on onnxruntime instead of onnxruntime-cuda; restart"):
+        classifier._reopened(0, opener(None, None, None))
+    backends.append("onnxruntime-cuda")
+    assert classifier._reopened(0, opener(None, None, None)) is made[-1]
+    classifier.close()
 
 
 def test_what_is_an_error_already_keeps_its_place(classifier: Classifier, png: Callable[..., bytes]) -> None:

@@ -17,6 +17,7 @@ import torch
 from resnet_ensemble.training import checkpoint, cifar, record, train
 from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError
 from resnet_ensemble.training.data import Batch, DataError
+from resnet_ensemble.training.processes import Group
 from resnet_ensemble.training.recipes import RECIPES, Recipe, new_network
 from resnet_ensemble.training.train import Options
 from tests.training.small import VALIDATION, cifar_of_two, write_folders
@@ -316,6 +317,19 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole_batch() -> None:
 def test_a_batch_that_can_t_be_cut_into_equal_parts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="equal parts"):
         run(tmp_path, options=Options(accumulate=3))
+
+
+@pytest.mark.parametrize(
+    ("device", "accumulate", "mode"), [("cuda", 1, "reduce-overhead"), ("cuda", 2, None), ("cpu", 1, None)]
+)
+def test_cuda_graphs_are_made_only_where_gradients_are_not_added_up(
+    monkeypatch: pytest.MonkeyPatch, device: str, accumulate: int, mode: str | None
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network, *, mode: (network, mode))
+    network = torch.nn.Linear(1, 1)
+    options = Options(accumulate=accumulate, compile=True)
+
+    assert train._wrap(network, Group(0, 1, torch.device(device)), options) == (network, mode)
 
 
 def test_a_network_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from resnet_ensemble.export.engines import (
 )
 from resnet_ensemble.export.engines.tensorrt_builder import INNER, BuildFailed, Plan
 from resnet_ensemble.training.views import Preprocessing
+from tests.conftest import until
 from tests.export.engines import fake_gpu
 from tests.export.engines.fake_gpu import Cudart, TensorRt
 
@@ -297,9 +298,9 @@ class _Session:
 
     def run(self, names: Any, inputs: dict[str, Any]) -> Any:
         new = {inputs["views"].shape} - self.sizes
-        if new and self.all.full is not None and len(self.all.sizes) >= self.all.full:
+        self.sizes |= new  # it keeps what it has allocated
+        if new and self.all.full is not None and len(self.all.sizes) > self.all.full:
             raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer")
-        self.sizes |= new
         self.threads.add(threading.get_ident())
         assert len(self.sizes) == len(self.threads) == 1
         return self.session.run(names, inputs)
@@ -393,11 +394,11 @@ def test_sizes_of_whole_views_that_were_not_used_for_long_go(
 
 def test_where_memory_is_full_other_sizes_of_whole_views_make_room(sessions: Sessions) -> None:
     engine = opened(fake_gpu.member())
-    sessions.full = len(engines.BUCKETS) + 2
+    sessions.full = len(engines.BUCKETS) + 1
 
     for width in (40, 48, 56):
         assert engine.run(noise(1, 32, width)).shape == (1, 10)
-    assert [size for size in sessions.sizes if size[2] != 32] == [(1, 32, 56, 3)]
+        assert [size for size in sessions.sizes if size[2] != 32] == [(1, 32, width, 3)]
 
     sessions.full = 0
     with pytest.raises(EngineRunError, match="Failed to allocate"):
@@ -418,10 +419,62 @@ def test_where_nothing_was_built_the_gpu_is_used_if_it_can_be(
     sessions.used = "CPUExecutionProvider"
     with pytest.raises(BackendUnavailable, match=r"CUDA or cuDNN is missing .*ask for the backend onnxruntime$"):
         engine_store.open_engine(bundle, member)
+    sessions.used, sessions.full = "CUDAExecutionProvider", 0
+    with pytest.raises(BackendUnavailable, match=r"^small can't run .*Failed to allocate .*the backend onnxruntime$"):
+        engine_store.open_engine(bundle, member)
+    sessions.used = "CPUExecutionProvider"
     with pytest.raises(EngineLoadError, match=r"CUDA or cuDNN is missing .*\[gpu\]'\)$"):
         engine_store.open_engine(bundle, member, "onnxruntime-cuda")
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert engine_store.open_engine(bundle, member).info.backend == "onnxruntime"
+
+
+def test_where_memory_is_full_other_members_make_room_too(sessions: Sessions) -> None:
+    first, second = opened(fake_gpu.member()), opened(fake_gpu.member())
+    first.run(noise(1, 32, 40))
+    sessions.full = 2 * len(engines.BUCKETS) + 1
+
+    assert second.run(noise(1, 32, 48)).shape == (1, 10)
+    assert [size for size in sessions.sizes if size[2] != 32] == [(1, 32, 48, 3)]
+    assert first.run(noise(1, 32, 40)).shape == (1, 10)
+
+
+def test_an_engine_that_is_closed_or_forgotten_leaves_no_thread(sessions: Sessions) -> None:
+    before = set(threading.enumerate())
+    closed, forgotten = opened(fake_gpu.member()), opened(fake_gpu.member())
+    threads = set(threading.enumerate()) - before
+    assert [thread.daemon for thread in threads] == [True, True]  # one that hangs must not keep the process from ending
+
+    closed.close()
+    with pytest.raises(EngineRunError, match="the engine is closed"):
+        closed.run(noise(1, 32, 32))
+    del forgotten
+    until(lambda: gc.collect() >= 0 and not any(thread.is_alive() for thread in threads))
+
+
+def test_an_unusable_gpu_is_told_once_where_its_package_is_installed(
+    cudart: Cudart, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(onnx_runtime_cuda, "cudart", NO_GPU)
+    monkeypatch.setattr(engines, "_said", [])
+    assert engines.default() == "onnxruntime"
+    assert not caplog.messages  # the CPU's package: nobody asked for a GPU
+
+    monkeypatch.setattr(onnxruntime, "get_device", lambda: "GPU")
+    for _ in range(2):
+        assert engine_store.open_engine(bundle, bundle.manifest.members[0]).info.backend == "onnxruntime"
+    (told,) = [message for message in caplog.messages if "runs on the CPU" in message]
+    assert "cudaErrorInsufficientDriver" in told
+
+
+def test_a_member_that_was_left_out_runs_on_what_others_were_chosen_for(sessions: Sessions, bundle: Bundle) -> None:
+    member = bundle.manifest.members[0]
+    build_all(bundle, precisions=["fp32"], device="cpu")
+    store = EngineStore(bundle)
+    for record in store.records().values():
+        (store.folder / record.file).unlink()
+
     assert engine_store.open_engine(bundle, member).info.backend == "onnxruntime"
 
 
