@@ -33,11 +33,9 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     """The TCP port to listen on."""
     backend: Literal["auto", "onnxruntime", "openvino", "onnxruntime-cuda", "tensorrt", "fake"] = "auto"
-    """What runs the members: the fastest that build_engines found right, and where it built none ONNX Runtime, on the
-    GPU if it can use one; one by name, or `fake`, without weights."""
+    """What runs the members: the fastest that build_engines found right, one by name, or `fake`, without weights."""
     streams: int | None = Field(default=None, ge=1, le=1024)
-    """Engine runs side by side. By default one for each core that this process may use; these keep to their core. On a
-    GPU, 2."""
+    """Engine runs side by side. By default 2 on a GPU, or one for each core that this process may use and keeps to."""
     max_batch: int | None = Field(default=None, ge=1)
     """Views in one engine run. By default the fewest that have nearly the best throughput, as measured."""
     protocol: ProtocolName | None = None

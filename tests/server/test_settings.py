@@ -98,6 +98,7 @@ def test_every_setting_is_explained_with_its_default() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
     assert "RESNET_PORT" in explain()
     assert "The TCP port to listen on. [8000]" in explain()
+    assert len(explain().splitlines()) == len(Settings.model_fields)
 
 
 @pytest.mark.parametrize("variables", [{"ADMIN_KEY": "a-secret"}, {"ADMIN_KEY": "long-enough-a-secret"}])
