@@ -208,8 +208,14 @@ class Folders:
             pin_memory=gpu,
             worker_init_fn=_stand_alone,
         )
+        # These persist, too: Python 3.11 may hang in a fork, if another thread begins or ends at that moment.
         self._validation_loader = DataLoader(
-            mine, batch_size=64, num_workers=workers, pin_memory=gpu, worker_init_fn=_stand_alone
+            mine,
+            batch_size=64,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=gpu,
+            worker_init_fn=_stand_alone,
         )
 
     def mean_image(self) -> Tensor:
