@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from resnet_ensemble.export.engines import (
     EngineBuildError,
     EngineLoadError,
     EngineRunError,
+    NotInstalled,
     Precision,
 )
 from resnet_ensemble.export.gate import ERROR_MARGIN, LIMITS
@@ -277,7 +279,7 @@ def fingerprint(bundle: Bundle, member: Member, backend: str, precision: Precisi
 
 @lru_cache(maxsize=16)
 def _warn(message: str) -> None:
-    """Once, however often a store is opened."""
+    """Once, however often a store or an engine is opened."""
     log.warning("%s", message)
 
 
@@ -323,11 +325,20 @@ def open_engine(bundle: Bundle, member: Member, backend: str | None = None, thre
 
 
 def _default(store: EngineStore) -> str:
-    """What runs a member without an engine in the store: what others, that have one, run on."""
+    """What runs a member without an engine: ONNX Runtime, on the GPU if it can use one.
+
+    Where others have engines, and all of them for the CPU, it is the CPU's.
+    """
     records = store.records().values()
     if records and not any(record.backend in engines.ON["cuda"] for record in records):
         return engines.DEFAULT
-    return engines.default()
+    try:
+        engines.backend("onnxruntime-cuda").precisions()
+    except BackendUnavailable as why:
+        if not isinstance(why, NotInstalled) and import_module("onnxruntime").get_device() == "GPU":
+            _warn(f"ONNX Runtime for GPUs is installed and runs on the CPU: {why}")
+        return engines.DEFAULT
+    return "onnxruntime-cuda"
 
 
 def tolerance(bundle: Bundle, precision: Precision) -> float:

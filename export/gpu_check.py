@@ -53,7 +53,8 @@ SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
 SECONDS_PER_TIMING = 1.0
 ROUNDS = 20  # of runs side by side
 # How much longer runs may take whose sizes change: so much that no noise explains it. A session of ONNX Runtime, which
-# plans its convolutions anew, took 110 to 170 ms, and 1.3 to 4.8 where they did not (NVIDIA H200, 2026-11-27).
+# plans its convolutions anew, took 110 to 170 ms, and 3 to 16 where they did not (ResNet-50, FP32, NVIDIA H200,
+# 2026-11-27).
 SLOWEST_IN_TURN = 5
 
 T = TypeVar("T")

@@ -4,7 +4,6 @@ One file a backend, imported only when used.
 """
 
 import importlib
-import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ensemble.training.views import Preprocessing
-
-log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 # Made with what was found on pictures (export/quantize.py).
@@ -163,23 +160,6 @@ def runs(name: str, precision: Precision) -> bool:
         return name in _MODULES and precision in backend(name).precisions()
     except BackendUnavailable:
         return False
-
-
-def default() -> str:
-    """What runs a bundle where nothing was built: ONNX Runtime, on the GPU if it can use one."""
-    try:
-        backend("onnxruntime-cuda").precisions()
-    except NotInstalled:
-        return DEFAULT
-    except BackendUnavailable as why:
-        if not _said and importlib.import_module("onnxruntime").get_device() == "GPU":
-            _said.append(str(why))
-            log.warning("ONNX Runtime for GPUs is installed and runs on the CPU: %s", why)
-        return DEFAULT
-    return "onnxruntime-cuda"
-
-
-_said: list[str] = []  # once is enough, however many engines are opened
 
 
 def unavailable(device: Device) -> list[str]:

@@ -4,9 +4,10 @@ ONNX Runtime lists a provider that was compiled in, works or not, and where CUDA
 so only in its log. So the GPU is asked first, and a session is refused if a layer of the network runs on anything else.
 
 Whenever the size of the views is another than in the run before, a session plans all its convolutions anew, which takes
-a ResNet-50 110 to 170 ms, and a run 1.3 to 4.8 ms. When batches came as they were, the server answered 38 images/s with
-64 clients, and now 615 (ResNet-18 and 50, one crop). So each size has a session of its own, and batches are padded up
-to a few sizes. (NVIDIA H200, ONNX Runtime 1.31.1, cuDNN 9.19, 2026-11-27.)
+a ResNet-50 110 to 170 ms in FP32, and a run of one to 40 views 3 to 16 ms. When batches came as they were, the server
+answered 38 images/s with 64 clients (ResNet-18 and 50, one crop, FP32, 16 runs side by side), and then 615 (in FP16,
+two). So each size has a session of its own, and batches are padded up to a few sizes. (NVIDIA H200, ONNX Runtime
+1.31.1, cuDNN 9.19, 2026-11-27.)
 """
 
 import queue
@@ -44,15 +45,15 @@ _QUIET = 3  # errors only
 # Runtime puts it on purpose: `session.disable_cpu_ep_fallback` would refuse every network that has it.
 _LAYERS = frozenset({"Conv", "Relu", "MaxPool", "Gemm", "MatMul", "Softmax"})
 # Views/s of a ResNet-50 in batches of 1, 10 and 40 (as in the docstring above): in FP16 568, 3,779 and 6,313 without
-# these two, 765, 5,289 and 8,412 with them. Without `use_tf32` ONNX Runtime asks cuDNN for plans without tensor cores
+# these two, 625, 4,988 and 8,552 with them. Without `use_tf32` ONNX Runtime asks cuDNN for plans without tensor cores
 # in FP16, too, finds none, and takes slower ones that fuse nothing. In FP32 the layout NHWC does 0.85 of NCHW's.
 _OPTIONS = {
     "fp32": {"use_tf32": "0", "prefer_nhwc": "0"},  # FP32 is to be FP32, not TF32
     "fp16": {"use_tf32": "1", "prefer_nhwc": "1"},
 }
 _WHOLE = (1, WHOLE_VIEWS)  # what batches of whole views are padded up to
-# Sessions for whole views that an engine keeps. `dense` sees pictures in 17 sizes; `multiscale` in 129, of which most
-# pictures share a few. Those for crops took about 390 MB each for a ResNet-50 in FP16, on average.
+# Sessions for whole views that an engine keeps. `dense` sees pictures in 17 sizes, `multiscale` in more. Those for crops
+# took about 390 MB each for a ResNet-50 in FP16, on average.
 _MOST = 40
 
 _Size = tuple[int, ...]  # (n, h, w, 3)
