@@ -52,8 +52,8 @@ _OPTIONS = {
     "fp16": {"use_tf32": "1", "prefer_nhwc": "1"},
 }
 _WHOLE = (1, WHOLE_VIEWS)  # what batches of whole views are padded up to
-# Sessions for whole views that an engine keeps. `dense` sees pictures in 17 sizes, `multiscale` in more. Those for crops
-# took about 390 MB each for a ResNet-50 in FP16, on average.
+# Sessions for whole views that an engine keeps; `dense` sees pictures in 17 sizes, `multiscale` in more. Those for
+# crops took about 390 MB each for a ResNet-50 in FP16, on average.
 _MOST = 40
 
 _Size = tuple[int, ...]  # (n, h, w, 3)
