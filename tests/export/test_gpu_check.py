@@ -18,7 +18,8 @@ from resnet_ensemble.export.engines.tensorrt_builder import BuildFailed, Plan
 from resnet_ensemble.export.gpu_check import Report
 from tests.export.engines import fake_gpu
 from tests.export.engines.fake_gpu import Cudart, TensorRt
-from tests.export.engines.test_gpu_backends import Sessions, built
+from tests.export.engines.fake_sessions import Sessions
+from tests.export.engines.test_gpu_backends import built
 
 CHECKS = [
     *("build", "load", "parity", "layers", "CUDA graphs", "side by side", "whole views", "sizes in turn", "rates"),
