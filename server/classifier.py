@@ -35,8 +35,8 @@ Content = bytes | NDArray[np.uint8]  # an encoded image, or the pixels (h, w, 3)
 _T = TypeVar("_T")
 _TOP = 5  # of "top-5 error"
 # Engine runs side by side on a GPU: of two members, or of one whose views are copied while others are computed. What
-# comes meanwhile fills the next batch. With 16 runs and 64 clients, 933 of a ResNet-50's 1,111 batches had one view
-# (NVIDIA H200, 2026-11-27).
+# comes meanwhile fills the next batch. With 16 runs, 933 of a ResNet-50's 1,111 batches had one view, although 8 and 64
+# clients asked for one view, ten crops and whole views in turn (NVIDIA H200, 2026-11-27).
 _GPU_STREAMS = 2
 
 
