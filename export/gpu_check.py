@@ -47,7 +47,7 @@ from resnet_ensemble.export.engines import BUCKETS, BackendUnavailable, Engine, 
 from resnet_ensemble.export.engines.gpu import has_driver
 from resnet_ensemble.export.gate import Pictures
 from resnet_ensemble.export.precisions import float8
-from resnet_ensemble.training.views import Preprocessing
+from resnet_ensemble.training.views import SCALES, Preprocessing, shorter_side
 
 SHIPPED = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
 SECONDS_PER_TIMING = 1.0
@@ -312,8 +312,8 @@ def _side_by_side(engine: Engine, seen: Preprocessing) -> tuple[None, str]:
 
 def _whole_views(engine: Engine, seen: Preprocessing) -> tuple[None, str]:
     """Sizes of whole views: answers are probabilities, and a mirrored batch of two gives what each gives alone."""
-    quantum = seen.quantum
-    sizes = [(seen.resize, seen.resize + quantum), (7 * quantum, 14 * quantum), (40 * quantum, 20 * quantum)]
+    dense, least, most = (shorter_side(scale, seen) for scale in (None, SCALES[0], SCALES[-1]))
+    sizes = [(dense, dense + seen.quantum), (least, 2 * least), (2 * most, most)]
     worst = 0.0
     for height, width in sizes:
         pair = _noise(2, height, width, seed=height)

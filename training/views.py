@@ -40,14 +40,14 @@ PROTOCOLS: dict[str, tuple[View, ...]] = {
 class WholeView:
     """One test-time input for the fully convolutional network: the whole resized image, or its mirror.
 
-    `scale` is the shorter side in quanta (`Preprocessing.quantum`); None: the member's own `resize`.
+    `scale` is the shorter side in sevenths of a crop; None: the member's own `resize`.
     """
 
     scale: int | None = None
     mirrored: bool = False
 
 
-# The paper's Table 4: shorter side 224, 256, 384, 480, 640 for a crop of 224, whose quantum is 32.
+# The paper's Table 4: shorter side 224, 256, 384, 480, 640 for a crop of 224.
 SCALES = (7, 8, 12, 15, 20)
 DENSE_PROTOCOLS: dict[str, tuple[WholeView, ...]] = {
     "dense": tuple(WholeView(None, mirrored) for mirrored in (False, True)),
@@ -120,12 +120,19 @@ def make_whole_views(image: Image.Image, preprocessing: Preprocessing, protocol:
     resized: dict[int, Image.Image] = {}
     made: list[NDArray[np.uint8]] = []
     for view in DENSE_PROTOCOLS[protocol]:
-        shorter = _shorter_side(view, preprocessing)
+        shorter = shorter_side(view.scale, preprocessing)
         if shorter not in resized:
             resized[shorter] = _resize_whole(image, shorter, preprocessing.quantum)
         picture = resized[shorter]
         made.append(np.asarray(mirror(picture) if view.mirrored else picture))
     return made
+
+
+def shorter_side(scale: int | None, preprocessing: Preprocessing) -> int:
+    """Pixels of the shorter side of a whole view of this scale: of a crop or more, so that its network has a score."""
+    crop, quantum = preprocessing.crop, preprocessing.quantum
+    side = preprocessing.resize if scale is None else quantum * round(crop * scale / SCALES[0] / quantum)
+    return max(side, crop)
 
 
 def block_sizes(protocol: str) -> tuple[int, ...]:
@@ -140,7 +147,9 @@ def block_pixels(preprocessing: Preprocessing, protocol: str, size: tuple[int, i
     """Pixels of one view of each block. `size`: the image's width and height, whose ratio whole views have."""
     if protocol in PROTOCOLS:
         return (preprocessing.crop**2,)
-    sides = dict.fromkeys(_shorter_side(view, preprocessing) for view in DENSE_PROTOCOLS[protocol])
+    sides = (
+        shorter_side(scale, preprocessing) for scale in dict.fromkeys(view.scale for view in DENSE_PROTOCOLS[protocol])
+    )
     return tuple(math.prod(_whole_size(size, side, preprocessing.quantum)) for side in sides)
 
 
@@ -148,7 +157,7 @@ def largest_side(preprocessing: Preprocessing, protocol: str) -> int:
     """Pixels of the shorter side of the largest picture that a protocol's views are cut from."""
     if protocol in PROTOCOLS:
         return preprocessing.resize
-    return max(_shorter_side(view, preprocessing) for view in DENSE_PROTOCOLS[protocol])
+    return max(shorter_side(view.scale, preprocessing) for view in DENSE_PROTOCOLS[protocol])
 
 
 def can_be_view(height: int, width: int, preprocessing: Preprocessing) -> bool:
@@ -156,7 +165,7 @@ def can_be_view(height: int, width: int, preprocessing: Preprocessing) -> bool:
     if height == width == preprocessing.crop:
         return True
     shorter, longer = min(height, width), max(height, width)
-    sides = {_shorter_side(view, preprocessing) for views in DENSE_PROTOCOLS.values() for view in views}
+    sides = {shorter_side(scale, preprocessing) for scale in (None, *SCALES)}
     quantum = preprocessing.quantum
     return shorter in sides and (
         longer == shorter or (longer % quantum == 0 and longer <= quantum * round(LONGEST * shorter / quantum))
@@ -169,10 +178,6 @@ def make_blocks(image: Image.Image, preprocessing: Preprocessing, protocol: str)
         return [make_views(image, preprocessing, protocol)]
     whole = iter(make_whole_views(image, preprocessing, protocol))
     return [np.stack([next(whole) for _ in range(size)]) for size in block_sizes(protocol)]
-
-
-def _shorter_side(view: WholeView, preprocessing: Preprocessing) -> int:
-    return preprocessing.resize if view.scale is None else view.scale * preprocessing.quantum
 
 
 def _whole_size(size: tuple[int, int], shorter: int, quantum: int) -> tuple[int, int]:

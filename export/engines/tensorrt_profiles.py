@@ -6,7 +6,7 @@ A size is (n, h, w), of views uint8 (n, h, w, 3).
 from dataclasses import dataclass
 
 from resnet_ensemble.export.engines import BUCKETS, WHOLE_VIEWS
-from resnet_ensemble.training.views import LONGEST, SCALES, Preprocessing
+from resnet_ensemble.training.views import LONGEST, SCALES, Preprocessing, shorter_side
 
 Size = tuple[int, int, int]
 
@@ -38,14 +38,13 @@ def profiles(seen: Preprocessing) -> tuple[Profile, ...]:
     because a profile's memory is that of its largest height with its largest width.
     """
     side, quantum = seen.crop, seen.quantum
-    shortest = min(seen.resize, SCALES[0] * quantum)
-    shorter = max(seen.resize, SCALES[-1] * quantum)
-    # Photographs are mostly 3:4.
-    usual = quantum * max(1, round(seen.resize * 4 / 3 / quantum))
+    dense, *others = (shorter_side(scale, seen) for scale in (None, *SCALES))
+    shortest, shorter = min(dense, *others), max(dense, *others)
+    usual = quantum * round(dense * 4 / 3 / quantum)  # photographs are mostly 3:4
     n = WHOLE_VIEWS
     return (
         Profile((1, side, side), (BUCKETS[-1], side, side), (BUCKETS[-1], side, side)),
         Profile((1, side, side), (1, side, side), (FEW, side, side)),
-        Profile((1, shortest, shortest), (2, seen.resize, usual), (n, shorter, LONGEST * shorter)),
-        Profile((1, shortest, shortest), (2, usual, seen.resize), (n, LONGEST * shorter, shorter)),
+        Profile((1, shortest, shortest), (2, dense, usual), (n, shorter, LONGEST * shorter)),
+        Profile((1, shortest, shortest), (2, usual, dense), (n, LONGEST * shorter, shorter)),
     )

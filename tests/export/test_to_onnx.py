@@ -110,6 +110,13 @@ def test_batch_norm_is_folded_away(exported: bytes) -> None:
     assert {"Conv", "Softmax", "Cast"} <= operators
 
 
+def test_shortcuts_are_convolutions_so_that_sums_are_fused(exported: bytes) -> None:
+    operators = [node.op_type for node in onnx.load_from_string(exported).graph.node]
+
+    assert not {"Pad", "Slice"} & set(operators)
+    assert operators.count("Conv") == 7 + 2  # those of a ResNet-8, and two shortcuts
+
+
 def test_the_file_holds_no_path_of_the_exporting_machine(exported: bytes) -> None:
     assert str(Path(__file__).resolve().parents[2]).encode() not in exported
     assert b"site-packages" not in exported
@@ -167,7 +174,7 @@ def test_a_calibration_travels_with_its_member(saved: Checkpoint, tmp_path: Path
 def test_bytes_are_cast_before_anything_else_since_tensorrt_can_do_nothing_with_them(exported: bytes) -> None:
     readers = [node.op_type for node in onnx.load_from_string(exported).graph.node if "views" in node.input]
 
-    assert set(readers) == {"Cast", "Shape"}  # it can ask for their sizes
+    assert set(readers) == {"Cast"}
 
 
 @pytest.mark.parametrize("folder", ["my bundle", ".hidden"])

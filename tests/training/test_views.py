@@ -14,6 +14,7 @@ from resnet_ensemble.training.views import (
     DENSE_PROTOCOLS,
     POSITIONS,
     PROTOCOLS,
+    SCALES,
     Preprocessing,
     block_pixels,
     block_sizes,
@@ -23,6 +24,7 @@ from resnet_ensemble.training.views import (
     make_views,
     make_whole_views,
     mean_colour,
+    shorter_side,
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -136,6 +138,21 @@ def test_dense_protocols_have_the_paper_s_shorter_sides_and_mirrors() -> None:
 
     assert sides == [224, 224, 256, 256, 384, 384, 480, 480, 640, 640]
     assert [view.shape for view in make_whole_views(picture((500, 375)), how, "dense")] == [(256, 352, 3)] * 2
+
+
+def test_for_another_crop_the_shorter_sides_have_the_paper_s_ratios_in_quanta() -> None:
+    how = Preprocessing(resize=32, crop=32, mean=MEAN, std=STD, padding=2)
+
+    sides = [min(view.shape[:2]) for view in make_whole_views(picture((40, 32)), how, "multiscale")]
+
+    assert sides[::2] == [32, 36, 56, 68, 92]  # 32, 36.6, 54.9, 68.6, 91.4
+
+
+@given(crop=st.integers(1, 300), resize=st.integers(1, 300))
+def test_no_whole_view_is_smaller_than_a_crop(crop: int, resize: int) -> None:
+    how = Preprocessing(resize=resize, crop=crop, mean=MEAN, std=STD, padding=max(0, crop - resize))
+
+    assert min(shorter_side(scale, how) for scale in (None, *SCALES)) >= crop
 
 
 @settings(max_examples=100, deadline=None)

@@ -33,9 +33,9 @@ def calibrated(graph: bytes) -> Calibration:
     kept = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     for node in [node for node in model.graph.node if node.op_type == "Conv"][1:]:
         weight = kept[node.input[1]]
-        scale = np.abs(weight).max(axis=(1, 2, 3)) / 127
-        weights[node.input[1]] = np.rint(weight / scale[:, None, None, None]).astype(np.int8)
-        scales[node.input[1]] = scale.astype(np.float32)
+        scale = quantize.best_scales(weight.reshape(len(weight), -1))
+        weights[node.input[1]] = np.rint(weight / scale[:, None, None, None]).clip(-127, 127).astype(np.int8)
+        scales[node.input[1]] = scale
     everything = [output for node in model.graph.node for output in node.output]
     return Calibration(dict.fromkeys(everything, (0.0, 6.0)), weights, scales, images=0)
 
