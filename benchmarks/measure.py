@@ -52,6 +52,7 @@ from benchmarks.summary import (
     queued,
 )
 from resnet_ensemble.export import host
+from resnet_ensemble.server.awake import LINGER
 
 _PICTURES = 8  # drawn ones
 _COMPARED = 4  # pictures that all servers must answer alike
@@ -370,6 +371,7 @@ def _awake(server: Server) -> Iterator[None]:
     try:
         yield
     finally:
+        time.sleep(LINGER)  # a server that is stopped while it keeps CPUs from halting would do so for others, too
         server.pause()
 
 

@@ -203,6 +203,7 @@ async def infer(
             deadline = min(deadline, began + asked.parameters.timeout / 1e6)
         rows = model.rows(asked.inputs)
         held.enter_context(service.quota.hold(exchange.client, rows))
+        held.enter_context(service.awake.working())
         outputs = await exchange.unless_gone(model.infer(asked.inputs, asked.parameters, deadline))
         head = {"model_name": model.name, "model_version": _version(classifier)}
         labels = classifier.bundle.manifest.labels

@@ -56,7 +56,7 @@ async def _predict(exchange: Exchange, service: Service) -> Answer:
             upload = reader.end()
             if upload.fields:
                 options = _options(upload.fields).model_copy(update=options.model_dump(exclude_unset=True))
-            with service.quota.hold(exchange.client, len(upload.images)):
+            with service.quota.hold(exchange.client, len(upload.images)), service.awake.working():
                 answers = await exchange.unless_gone(classifier.classify(upload.images, options, deadline))
     if len(answers) > 1:
         return _json(_results(exchange, answers, upload, service), {"X-Bundle": classifier.identity})

@@ -9,6 +9,7 @@ from pathlib import Path
 from resnet_ensemble.export import host
 from resnet_ensemble.export.bundle import BundleError
 from resnet_ensemble.export.engines import BackendUnavailable
+from resnet_ensemble.server.awake import Awake
 from resnet_ensemble.server.classifier import Classifier, Opener, load, open_engine
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.metrics import Metrics
@@ -40,6 +41,7 @@ class Service:
         self.metrics = Metrics()
         self.quota = Quota(settings.max_images_per_client)
         self.memory = Memory(settings.max_pending_bytes)
+        self.awake = Awake()
         self.metrics.in_flight.set_function(lambda: self.quota.images)
         self._open_with = open_with
         self._on_fatal = on_fatal
@@ -126,6 +128,7 @@ class Service:
             self.metrics.ready.set_function(lambda: 0)
             await asyncio.to_thread(self._serving.classifier.close)
             self._serving = None
+        self.awake.close()
 
     async def reload(self, named: str | None = None) -> tuple[str, str]:
         """Load a bundle beside the one that is served, warm up, check it, and switch to it; the old one is drained.
