@@ -36,6 +36,8 @@ class Awake:
     def __init__(self, device: Path = DEVICE, driver: Path = DRIVER) -> None:
         self._device = device
         self._possible = _driver(driver) == "haltpoll" and os.access(device, os.W_OK)
+        if self._possible:
+            log.info("CPUs are kept from halting while requests are answered, by %s", device)
         self._requests = 0
         self._descriptor: int | None = None
         self._timer: asyncio.TimerHandle | None = None
