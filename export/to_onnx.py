@@ -219,8 +219,9 @@ def _convolve_shortcuts(graph: Graph) -> None:
 
     Residual sums are then fused into convolutions, in all blocks of a stage: ONNX Runtime lays activations out in
     another way before and after what is no convolution. One lone view took a ResNet-20 0.52 ms instead of 0.60 and a
-    ResNet-56 1.46 instead of 1.62 with two threads, and 0.84 (0.89) and 2.53 (2.66) with one; in batches of 10, 2 to
-    3 % less (ONNX Runtime 1.32.0, two Zen 4 cores, medians of 60 and 30 rounds, 2026-11-27).
+    ResNet-56 1.46 instead of 1.62 with two threads, and 0.84 (0.89) and 2.53 (2.66) with one; in batches of 10, all
+    four shipped networks together, 1 to 2 % less (ONNX Runtime 1.32.0, two Zen 4 cores, medians of 60, 30 and 15
+    rounds, 2026-11-27).
     """
     for module in list(graph.modules()):
         for name, shortcut in list(module.named_children()):

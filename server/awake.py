@@ -1,14 +1,14 @@
 """CPUs that do not halt between two requests, in virtual machines.
 
-A virtual CPU that halts leaves its core to others of the host, and may wake up where it shares one. Then every engine
-runs at 0.5 to 0.7 of its pace, for about a second, and requests queue up. It happens only where CPUs are idle at times:
-at 80 % of the capacity, never at 100 %. With ten crops at even intervals, 26/s, the 99th percentile of six runs of 40 s
-was 0.07 to 1.4 s, and of six others 0.05 to 0.07 s with CPUs that are kept from halting (CIFAR-10, four members, a lone
-image takes 0.04 s; two Zen 4 cores of a Firecracker virtual machine, Linux 6.18, 2026-11-27).
+After a virtual CPU has halted, engines run at 0.5 to 0.7 of their pace at times, for about a second, and requests queue
+up; why is the host's secret. It was seen where CPUs are idle at times, at 80 % of the capacity, and not at 100 %. With
+ten crops at even intervals, 25/s, the 99th percentiles of three runs of 30 s were 208, 196 and 1,077 ms, and of three
+in turn with them, whose CPUs were kept from halting, 42, 42 and 47 (CIFAR-10, four members, a lone image takes 37; two
+Zen 4 cores of a Firecracker virtual machine, Linux 6.18, 2026-11-27).
 
 Linux polls instead of halting while a program holds /dev/cpu_dma_latency open and has written 0 to it
-(Documentation/power/pm_qos_interface). This is done only under the idle driver `haltpoll`, which exists for virtual
-machines with CPUs of their own: elsewhere it would cost power, and make busy cores slower.
+(Documentation/power/pm_qos_interface). This is done only under the idle driver `haltpoll`, which is for virtual
+machines: elsewhere it would cost power, and nothing of the kind was seen.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-DEVICE = Path("/dev/cpu_dma_latency")  # of root; in Docker, where it is given: --device /dev/cpu_dma_latency
+DEVICE = Path("/dev/cpu_dma_latency")  # only root may write to it, as a rule
 DRIVER = Path("/sys/devices/system/cpu/cpuidle/current_driver")
 # Seconds after the last request, so that CPUs don't halt in the gaps of a stream of requests.
 LINGER = 0.25

@@ -1,6 +1,7 @@
 """With files in the kernel's place."""
 
 import asyncio
+import base64
 import functools
 import struct
 from collections.abc import Callable, Coroutine
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import ParamSpec
 
 import pytest
+from fastapi.testclient import TestClient
 
 from resnet_ensemble.server import awake
 from resnet_ensemble.server.awake import Awake
@@ -144,3 +146,22 @@ async def test_a_device_that_refuses_is_told_of_once(
 
     (record,) = caplog.records
     assert "CPUs may halt between requests" in record.message
+
+
+@pytest.mark.parametrize("route", ["/predict", "/v2/models/cifar10/infer"])
+def test_a_request_for_a_prediction_keeps_them_awake(
+    client: TestClient, png: Callable[..., bytes], device: Path, driver: Path, route: str
+) -> None:
+    client.app.state.service.awake = Awake(device, driver)  # type: ignore[attr-defined]
+    client.get("/info")
+    assert not written(device)
+
+    if route == "/predict":
+        answer = client.post(route, content=png(90))
+    else:
+        image = base64.b64encode(png(90)).decode()
+        inputs = [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [image]}]
+        answer = client.post(route, json={"inputs": inputs})
+
+    assert answer.status_code == 200, answer.text
+    assert written(device)
