@@ -157,3 +157,30 @@ def test_a_scale_never_vanishes_in_half_precision(graph: bytes, calibration: Cal
     scales = [numpy_helper.to_array(t) for t in lowered.graph.initializer if t.name.endswith(".scale")]
     assert len(scales) == 18 + 20
     assert all((scale > 0).all() and scale.dtype in (np.float16, ml_dtypes.bfloat16) for scale in scales)
+
+
+def test_numbers_that_a_graph_counts_are_lowered_too() -> None:
+    """As in graphs exported before windows were pooled: those computed their weights from the size of the last map."""
+    made = onnx.parser.parse_model(
+        """
+        <ir_version: 10, opset_import: ["": 20]>
+        counting (uint8[n, h, w, 3] views) => (float[n, 2] probabilities) <
+            float[2, 3, 1, 1] weight = {1, 2, 3, 4, 5, 6}, int64[2] places = {2, 3}
+        > {
+            [cast] floats = Cast <to = 1> (views)
+            [transpose] picture = Transpose <perm = [0, 3, 1, 2]> (floats)
+            [conv] map = Conv (picture, weight)
+            [shape] shape = Shape <start = 2> (map)
+            [size] size = ReduceProd <keepdims = 0> (shape)
+            [count] count = Cast <to = 1> (size)
+            [sum] sum = ReduceSum <keepdims = 0> (map, places)
+            [mean] mean = Div (sum, count)
+            [softmax] probabilities = Softmax <axis = 1> (mean)
+        }
+        """
+    ).SerializeToString()
+    views = np.random.default_rng(0).integers(0, 3, (2, 4, 5, 3), np.uint8)
+
+    found = run(precisions.lowered(made, "fp16"), views)
+
+    np.testing.assert_allclose(found, run(made, views), atol=1e-3)
