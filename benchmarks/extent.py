@@ -22,6 +22,7 @@ class Extent:
     - rounds, seconds: of closed loops, of each cell in each round
     - parts: into which a round of single views is divided, each with every cell: their claims are about a few percent,
       and machines drift within a minute
+    - sustained_tries: as long as the machine's pace changes meanwhile
     - of_peers: the workloads that other servers have, too
     """
 
@@ -33,6 +34,7 @@ class Extent:
     open_rounds: int = 3
     open_seconds: float = 5.0
     sustained_seconds: float = 60.0
+    sustained_tries: int = 3
     overload_share: float = 3.0
     overload_seconds: float = 15.0
     limit: float = 1.0  # of the wait, under overload
@@ -51,6 +53,7 @@ QUICK = Extent(
     open_rounds=1,
     open_seconds=0.2,
     sustained_seconds=0.2,
+    sustained_tries=1,
     overload_seconds=0.5,
     limit=0.2,
     workloads=QUICK_WORKLOADS,

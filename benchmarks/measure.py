@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +51,7 @@ from benchmarks.summary import (
     overload,
     percentile,
     queued,
+    steady,
 )
 from resnet_ensemble.export import host
 from resnet_ensemble.server.awake import LINGER
@@ -149,22 +151,32 @@ class Benchmark:
     def _sustained(self, workload: str) -> list[OpenLoop]:
         """At even intervals, at random, and what a perfect queue would do.
 
-        The capacity is measured just before each: machines drift, and what is above it makes every queue grow.
+        The capacity is measured just before each, and after it: machines drift, and what is above the capacity makes
+        every queue grow. If it was another one afterwards, all is done again, a few times.
         """
         server, seconds, cores = self._server(workload), self._extent.sustained_seconds, host.cores()
-        path, most = self._path(workload), max(self._extent.clients)
         found = []
         for name in (EVEN, RANDOM):
-            rounds = [self._closed_http(server, path, most, self._extent.seconds) for _ in range(_CAPACITY_ROUNDS)]
-            capacity = median(rounds).rate
-            rate = _SUSTAINED * capacity
-            parts = {name: self._open_http(server, workload, rate, seconds, even=name == EVEN)}
+            for _ in range(self._extent.sustained_tries):
+                capacity = self._capacity_now(server, workload)
+                rate = _SUSTAINED * capacity
+                parts = {name: self._open_http(server, workload, rate, seconds, even=name == EVEN)}
+                pace = self._capacity_now(server, workload) / capacity
+                if steady(pace):
+                    break
             if name == RANDOM:
                 perfect = queued(poisson(rate, seconds, seed=0), cores / capacity, cores)
                 parts[PERFECT] = {"answers": {"seconds": perfect, "status": [OK] * len(perfect)}, "late": [0.0]}
             for what, part in parts.items():
-                found.append(open_loop(workload, f"{what}, {seconds:g} s", _SUSTAINED, rate, [part]))
+                one = open_loop(workload, f"{what}, {seconds:g} s", _SUSTAINED, rate, [part])
+                found.append(one if what == PERFECT else replace(one, pace=pace))
         return found
+
+    def _capacity_now(self, server: Server, workload: str) -> float:
+        """Images/s with the most clients."""
+        path, most = self._path(workload), max(self._extent.clients)
+        rounds = [self._closed_http(server, path, most, self._extent.seconds) for _ in range(_CAPACITY_ROUNDS)]
+        return median(rounds).rate
 
     def run_overload(self) -> Overload:
         """Several times our capacity, against a server with a limit of the wait."""

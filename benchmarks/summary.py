@@ -13,6 +13,7 @@ from typing import Any
 
 OURS, PIPELINE, BARE = "this server", "pipeline", "bare engines"
 OK = 200
+DRIFT = 1.1  # times the capacity, up or down, within a minute: then a share of it says nothing
 # Arrivals for long, and what they would wait in a queue that loses nothing.
 EVEN, RANDOM, PERFECT = f"{OURS}, at even intervals", f"{OURS}, at random", "a perfect queue, at random"
 
@@ -49,6 +50,7 @@ class OpenLoop:
     """Requests that arrived at a rate (1/s), which was a share of a capacity. Percentiles in s.
 
     - late: the 99th percentile of how late the load generator was itself
+    - pace: the capacity afterwards, of that capacity; None where it was not measured
     """
 
     workload: str
@@ -60,6 +62,7 @@ class OpenLoop:
     p99: float
     errors: float
     late: float
+    pace: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,11 @@ def open_loop(workload: str, system: str, share: float, rate: float, parts: Sequ
         errors=1 - len(good) / max(1, sent),
         late=percentile(late, 0.99),
     )
+
+
+def steady(pace: float | None) -> bool:
+    """Whether a load was the share of the capacity that it was meant to be, until its end."""
+    return pace is None or 1 / DRIFT <= pace <= DRIFT
 
 
 def overload(

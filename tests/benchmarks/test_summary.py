@@ -124,6 +124,18 @@ def test_sustained_load_needs_a_short_tail_and_no_error(p99: float, errors: floa
     assert check.holds is holds
 
 
+@pytest.mark.parametrize(("pace", "holds"), [(None, True), (0.95, True), (1.05, True), (0.8, None), (1.25, None)])
+def test_nothing_is_said_of_a_load_during_which_the_machine_changed_its_pace(
+    pace: float | None, holds: bool | None
+) -> None:
+    sustained = OpenLoop(CENTER, OURS, 0.8, 10, 600, 0.05, 0.2, 0.0, 0.0, pace)
+
+    (check,) = acceptance.of_sustained([sustained], {Cell(CENTER, OURS, 1): rounds(100)})
+
+    assert check.holds is holds
+    assert (f"{pace:.2f} times as high" in check.measured) if pace else ("capacity" not in check.measured)
+
+
 def test_in_a_perfect_queue_requests_wait_for_those_before_them_only() -> None:
     assert queued([0.0, 1.0, 1.5, 9.0], 2.0, servers=1) == [2.0, 3.0, 4.5, 2.0]
     assert queued([0.0, 1.0, 1.5, 9.0], 2.0, servers=2) == [2.0, 2.0, 2.5, 2.0]
