@@ -22,7 +22,7 @@ class Extent:
     - rounds, seconds: of closed loops, of each cell in each round
     - parts: into which a round of single views is divided, each with every cell: their claims are about a few percent,
       and machines drift within a minute
-    - sustained_tries: as long as the machine's pace changes meanwhile
+    - sustained_tries: loads of that length at most, where the machine's pace changes meanwhile
     - of_peers: the workloads that other servers have, too
     """
 

@@ -152,31 +152,24 @@ class Benchmark:
         """At even intervals, at random, and what a perfect queue would do.
 
         The capacity is measured just before each, and after it: machines drift, and what is above the capacity makes
-        every queue grow. If it was another one afterwards, all is done again, a few times.
+        every queue grow. If it is another one afterwards, the load is measured again, at a share of that.
         """
         server, seconds, cores = self._server(workload), self._extent.sustained_seconds, host.cores()
         found = []
+        after = self._capacity_now(server, workload)
         for name in (EVEN, RANDOM):
             for _ in range(self._extent.sustained_tries):
-                capacity = self._capacity_now(server, workload)
+                capacity = after
                 rate = _SUSTAINED * capacity
-                parts = {name: self._open_http(server, workload, rate, seconds, even=name == EVEN)}
-                pace = self._capacity_now(server, workload) / capacity
-                if steady(pace):
+                answer = self._open_http(server, workload, rate, seconds, even=name == EVEN)
+                after = self._capacity_now(server, workload)
+                if steady(after / capacity):
                     break
-            if name == RANDOM:
-                perfect = queued(poisson(rate, seconds, seed=0), cores / capacity, cores)
-                parts[PERFECT] = {"answers": {"seconds": perfect, "status": [OK] * len(perfect)}, "late": [0.0]}
-            for what, part in parts.items():
-                one = open_loop(workload, f"{what}, {seconds:g} s", _SUSTAINED, rate, [part])
-                found.append(one if what == PERFECT else replace(one, pace=pace))
-        return found
-
-    def _capacity_now(self, server: Server, workload: str) -> float:
-        """Images/s with the most clients."""
-        path, most = self._path(workload), max(self._extent.clients)
-        rounds = [self._closed_http(server, path, most, self._extent.seconds) for _ in range(_CAPACITY_ROUNDS)]
-        return median(rounds).rate
+            load = open_loop(workload, f"{name}, {seconds:g} s", _SUSTAINED, rate, [answer])
+            found.append(replace(load, pace=after / capacity))
+        perfect = queued(poisson(rate, seconds, seed=0), cores / capacity, cores)
+        best = {"answers": {"seconds": perfect, "status": [OK] * len(perfect)}, "late": [0.0]}
+        return [*found, open_loop(workload, f"{PERFECT}, {seconds:g} s", _SUSTAINED, rate, [best])]
 
     def run_overload(self) -> Overload:
         """Several times our capacity, against a server with a limit of the wait."""
@@ -213,6 +206,12 @@ class Benchmark:
     @property
     def _capacity(self) -> float:
         return median(self.closed[Cell(CENTER, OURS, max(self._extent.clients))]).rate
+
+    def _capacity_now(self, server: Server, workload: str) -> float:
+        """Images/s with the most clients."""
+        path, most = self._path(workload), max(self._extent.clients)
+        rounds = [self._closed_http(server, path, most, self._extent.seconds) for _ in range(_CAPACITY_ROUNDS)]
+        return median(rounds).rate
 
     @property
     def _alone(self) -> float:
