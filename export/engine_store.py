@@ -311,7 +311,11 @@ def open_engine(bundle: Bundle, member: Member, backend: str | None = None, thre
     try:
         compiled = stored.content if stored else implementation.compile(graph, precision, member.preprocessing)
         engine = implementation.load(compiled, precision, threads)
-        difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, precision))
+        try:
+            difference = golden.check(engine, bundle, member, allowed=tolerance(bundle, precision))
+        except BaseException:
+            engine.close()  # on a GPU, nothing else frees its memory
+            raise
     except (EngineBuildError, EngineRunError, EngineLoadError) as error:
         remedy = ""
         if backend is None and name in engines.ON["cuda"]:

@@ -17,7 +17,14 @@ from resnet_ensemble.server import admin, metrics, oip, openapi, predict
 from resnet_ensemble.server.connection import TIMEOUT, AsgiExchange, Timeout, service_of
 from resnet_ensemble.server.envelope import Envelope, route
 from resnet_ensemble.server.errors import KINDS, ApiError
-from resnet_ensemble.server.exchange import CLIENT_CLOSED_REQUEST, REQUEST_ID, headers_of, internal_error, refusal
+from resnet_ensemble.server.exchange import (
+    CLIENT_CLOSED_REQUEST,
+    REQUEST_ID,
+    headers_of,
+    internal_error,
+    refusal,
+    stopping,
+)
 from resnet_ensemble.server.predict import explain
 from resnet_ensemble.server.schemas import (
     CalibrationDescription,
@@ -91,7 +98,12 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(oip.router)
     if service.settings.admin_key is not None:
         app.include_router(admin.router)
-    app.add_middleware(Envelope, metrics=service.metrics, max_request_bytes=service.settings.max_request_bytes)
+    app.add_middleware(
+        Envelope,
+        metrics=service.metrics,
+        max_request_bytes=service.settings.max_request_bytes,
+        on_cancelled=lambda request: _on_api_error(request, stopping()),
+    )
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_exception)

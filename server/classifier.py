@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from resnet_ensemble.server.costs import Cost
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.jobs import Blocks, Job, Tally
 from resnet_ensemble.server.metrics import Metrics
+from resnet_ensemble.server.revival import close
 from resnet_ensemble.server.scheduler import EngineFailure, EngineHung, Scheduler
 from resnet_ensemble.server.schemas import Options, Prediction
 from resnet_ensemble.server.settings import Settings
@@ -100,34 +102,41 @@ class Classifier:
         self.protocol = settings.protocol or self._manifest.protocol
         self.stop = settings.stop
         members = self._manifest.members
-        engines = [open_with(bundle, member, settings) for member in members]
-        self.costs = [_cost(bundle, member, engine, settings) for member, engine in zip(members, engines, strict=True)]
-        self.strategies = Strategies(bundle, [engine.info for engine in engines], self.costs)
-        try:
-            self.strategies.of(self.protocol, self.stop)
-        except NotCalibrated as error:
-            raise BundleError(f"the stop rule can't be {self.stop}: {error}") from None
-        sides = [member.preprocessing.crop for member in members]
-        on_gpu = [engine.info.backend in ON["cuda"] for engine in engines]
-        self.streams = settings.streams or (_GPU_STREAMS if all(on_gpu) else host.cores())
-        self.scheduler = Scheduler(
-            engines,
-            lone=[
-                _lone_engine(bundle, member, engine, settings, open_with)
-                for member, engine in zip(members, engines, strict=True)
-            ],
-            classes=len(self._manifest.labels),
-            streams=self.streams,
-            batch_pixels=[cost.batch * side**2 for cost, side in zip(self.costs, sides, strict=True)],
-            max_wait=settings.max_wait_seconds,
-            max_bytes=settings.max_view_bytes,
-            decoders=host.cores(),
-            shared=not any(on_gpu),
-            probes=[np.zeros((1, side, side, 3), np.uint8) for side in sides],
-            reopen=lambda member: self._reopened(member, open_with(bundle, members[member], settings)),
-            run_limit=settings.engine_timeout_seconds,
-            observer=metrics.observer([member.name for member in members]),
-        )
+        with ExitStack() as opened:  # on a GPU, what is not closed keeps its memory for as long as the process lives
+
+            def open_one(member: Member, *threads: int) -> Engine:
+                engine = open_with(bundle, member, settings, *threads)
+                opened.callback(close, engine)
+                return engine
+
+            engines = [open_one(member) for member in members]
+            self.costs = [
+                _cost(bundle, member, engine, settings) for member, engine in zip(members, engines, strict=True)
+            ]
+            self.strategies = Strategies(bundle, [engine.info for engine in engines], self.costs)
+            try:
+                self.strategies.of(self.protocol, self.stop)
+            except NotCalibrated as error:
+                raise BundleError(f"the stop rule can't be {self.stop}: {error}") from None
+            sides = [member.preprocessing.crop for member in members]
+            on_gpu = [engine.info.backend in ON["cuda"] for engine in engines]
+            self.streams = settings.streams or (_GPU_STREAMS if all(on_gpu) else host.cores())
+            self.scheduler = Scheduler(
+                engines,
+                lone=[_lone_engine(member, engine, open_one) for member, engine in zip(members, engines, strict=True)],
+                classes=len(self._manifest.labels),
+                streams=self.streams,
+                batch_pixels=[cost.batch * side**2 for cost, side in zip(self.costs, sides, strict=True)],
+                max_wait=settings.max_wait_seconds,
+                max_bytes=settings.max_view_bytes,
+                decoders=host.cores(),
+                shared=not any(on_gpu),
+                probes=[np.zeros((1, side, side, 3), np.uint8) for side in sides],
+                reopen=lambda member: self._reopened(member, open_with(bundle, members[member], settings)),
+                run_limit=settings.engine_timeout_seconds,
+                observer=metrics.observer([member.name for member in members]),
+            )
+            opened.pop_all()
 
     @property
     def engines(self) -> list[Engine]:
@@ -191,9 +200,9 @@ class Classifier:
         down = self.scheduler.down
         for member, (engine, lone) in enumerate(zip(self.engines, self.scheduler.lone, strict=True)):
             if member not in down:  # a dead engine is closed already
-                engine.close()
+                close(engine)
                 if lone:
-                    lone.close()
+                    close(lone)
 
     def _reopened(self, member: int, engine: Engine) -> Engine:
         """A member has a new engine. It may be of another kind, if engines were built meanwhile.
@@ -203,7 +212,7 @@ class Classifier:
         infos = [known.info for known in self.engines]
         before, now = infos[member].backend, engine.info.backend
         if (before in ON["cuda"]) != (now in ON["cuda"]):
-            engine.close()
+            close(engine)
             raise BackendUnavailable(f"it would run on {now} instead of {before}; restart the server for that")
         infos[member] = engine.info
         self.strategies = Strategies(self.bundle, infos, self.costs)
@@ -370,14 +379,12 @@ def _cost(bundle: Bundle, member: Member, engine: Engine, settings: Settings) ->
     return chosen
 
 
-def _lone_engine(
-    bundle: Bundle, member: Member, engine: Engine, settings: Settings, open_with: Opener
-) -> Engine | None:
+def _lone_engine(member: Member, engine: Engine, open_one: Opener) -> Engine | None:
     """The same on every core, for views that nothing runs beside, warm. None where there is one core, or a GPU."""
     cores, side = host.cores(), member.preprocessing.crop
     if cores == 1 or engine.info.backend not in ON["cpu"]:
         return None
-    lone = open_with(bundle, member, settings, cores)
+    lone = open_one(member, cores)
     lone.run(np.zeros((1, side, side, 3), np.uint8))
     return lone
 

@@ -9,7 +9,6 @@ from fastapi import Depends, Header, Request
 from starlette.requests import ClientDisconnect
 
 from resnet_ensemble.server.classifier import Classifier
-from resnet_ensemble.server.exchange import stopping
 from resnet_ensemble.server.openapi import NotNull
 from resnet_ensemble.server.service import Service
 
@@ -80,8 +79,6 @@ class AsgiExchange:
             if until.expired():
                 raise ClientDisconnect from None
             raise
-        except asyncio.CancelledError:
-            raise stopping() from None
 
     async def _leave(self, until: asyncio.Timeout) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":

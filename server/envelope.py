@@ -1,6 +1,11 @@
-"""What surrounds a request over ASGI: its id, the limit on its body, its count in the metrics."""
+"""What surrounds a request over ASGI: its id, the limit on its body, its count in the metrics, its end."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from resnet_ensemble.server.exchange import REQUEST_ID, BodyLimit, identify
@@ -19,12 +24,22 @@ class Envelope:
     """ASGI middleware. A client's own X-Request-ID is kept when it is harmless, otherwise one is made.
 
     What takes GET takes HEAD, too.
+
+    - on_cancelled: what a request is answered that uvicorn cancels, as it does at the drain limit
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_request_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        max_request_bytes: int,
+        on_cancelled: Callable[[Request], Awaitable[Response]],
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._max = max_request_bytes
+        self._on_cancelled = on_cancelled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,10 +60,20 @@ class Envelope:
             limit.add(len(message.get("body", b"")))
             return message
 
+        started = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal started
+            started = True
             if message["type"] == "http.response.start":
                 message["headers"].append((REQUEST_ID.lower().encode(), request_id.encode()))
                 self._metrics.count(method, route(scope), message["status"])
             await send(message)
 
-        await self._app(scope, receive_within_limit, send_with_id)
+        try:
+            await self._app(scope, receive_within_limit, send_with_id)
+        except asyncio.CancelledError:
+            if started:
+                raise
+            response = await self._on_cancelled(Request(scope))
+            await response(scope, receive, send_with_id)

@@ -1,4 +1,4 @@
-"""Which engine runs will not end. No threads, no clocks: the time is an argument.
+"""Which engine runs, and openings, will not end. No threads, no clocks: the time is an argument.
 
 A call into a library that hangs can't be ended from within its process. So whoever waits for it is told, and so is
 whoever can restart the process; should the run end after all, the engine is used again.

@@ -6,6 +6,7 @@ clients need no change. Both go through the scheduler: bounded, by deadline, in 
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.server.stopping import RULES
 from resnet_ensemble.server.tensors import Parameters, Spec
 from resnet_ensemble.training.views import can_be_view
+
+log = logging.getLogger(__name__)
 
 Inputs = Mapping[str, NDArray[np.uint8] | list[bytes]]
 Outputs = dict[str, NDArray[Any]]
@@ -177,8 +180,9 @@ class MemberModel:
             raise ApiError("deadline_exceeded", "not all views were run in the time that the request has") from None
         except EngineHung:
             raise hangs() from None
-        except EngineFailure as error:
-            raise ApiError("engine_failure", "the model failed on a view, even when it was run alone") from error
+        except EngineFailure:
+            log.exception("engine failure")
+            raise ApiError("engine_failure", "the model failed on a view, even when it was run alone") from None
         finally:
             for job in jobs:
                 scheduler.release(job)

@@ -236,21 +236,24 @@ async def _decompress(body: bytearray, encoding: str, service: Service, held: Ex
     """Step by step, so that a body that grows without end is refused early, and others run in between."""
     largest = service.settings.max_request_bytes
     decompressor = zlib.decompressobj(_WINDOW_BITS[encoding])
-    content, rest = bytearray(), bytes(body)
+    content, rest, fed = bytearray(), b"", 0
     while not decompressor.eof:
+        if not rest:  # by steps, too: each time, zlib copies what it does not take, with the interpreter lock held
+            rest = bytes(body[fed : fed + _STEP])
+            fed += len(rest)
         try:
             piece = await asyncio.to_thread(decompressor.decompress, rest, _STEP)
         except zlib.error as error:
             raise ApiError("malformed_request", f"the body is not {encoding}: {error}") from None
         rest = decompressor.unconsumed_tail
-        if not piece and not rest and not decompressor.eof:
+        if not piece and not rest and fed == len(body) and not decompressor.eof:
             raise ApiError("malformed_request", f"the body ends before its {encoding} data do")
         if len(content) + len(piece) > largest:
             raise ApiError("request_too_large", f"the body has more than {largest} bytes when it is decompressed")
         held.enter_context(service.memory.hold(len(piece)))
         content += piece
-    if decompressor.unused_data:
-        raise ApiError("malformed_request", f"{len(decompressor.unused_data)} bytes follow the body's {encoding} data")
+    if behind := len(decompressor.unused_data) + len(body) - fed:
+        raise ApiError("malformed_request", f"{behind} bytes follow the body's {encoding} data")
     return content
 
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,18 +54,27 @@ class Revival:
             return False
         return True
 
-    def replace(self, member: int, dead: Engine, on_failure: Callable[[Exception], None]) -> Engine | None:
+    def replace(
+        self,
+        member: int,
+        dead: Engine,
+        on_failure: Callable[[Exception], None],
+        attempt: Callable[[], AbstractContextManager[None]],
+    ) -> Engine | None:
         """Another engine in place of one that nothing uses any more, however many attempts it takes.
 
         - on_failure: told of each that failed, since the next may come much later
+        - attempt: surrounds what may hang: closing the dead one, and each attempt
 
         None if it is closing.
         """
-        _close(member, dead)
+        with attempt():
+            close(dead)
         delay = _FIRST_DELAY
         while True:
             try:
-                fresh = self._opened(member)
+                with attempt():
+                    fresh = self._opened(member)
             except Exception as error:
                 log.exception("the engine of member %d can't be opened anew", member)
                 on_failure(error)
@@ -80,7 +90,7 @@ class Revival:
         try:
             self._probe(member, fresh)
         except Exception:
-            _close(member, fresh)  # attempts go on for as long as it takes, and each would keep its memory
+            close(fresh)  # attempts go on for as long as it takes, and each would keep its memory
             raise
         return fresh
 
@@ -89,8 +99,9 @@ class Revival:
         self.check(engine.run(probe), len(probe))
 
 
-def _close(member: int, engine: Engine) -> None:
+def close(engine: Engine) -> None:
+    """Free what it holds. What can't be freed is logged: others still can."""
     try:
         engine.close()
     except Exception:
-        log.exception("a dead engine of member %d can't be closed", member)
+        log.exception("an engine on %s can't be closed", engine.info.backend)

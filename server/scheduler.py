@@ -12,7 +12,8 @@ When a run fails, the engine is asked for a view that it has answered before (re
 blame, and are run one by one. If it does not, the engine is dead: it is opened anew, and meanwhile its work waits while
 other members' work goes on. If it can't be opened, what waits for it fails, and it is tried again later.
 
-A run that does not end (hangs.py) can't be stopped: what waits for that engine fails, and nothing more is given to it.
+A run that does not end (hangs.py), or an opening, can't be stopped: what waits for that engine fails, and nothing more
+is given to it.
 """
 
 import logging
@@ -20,7 +21,8 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -38,13 +40,15 @@ from resnet_ensemble.server.stopping import StopRule
 
 log = logging.getLogger(__name__)
 
+_OPENING = 15.0  # seconds that opening an engine is taken to need; it may be compiled, and answers the golden pictures
+
 
 class EngineFailure(Exception):
     """A member's engine failed on this image even when it was run alone."""
 
 
 class EngineHung(Exception):
-    """A member's engine does not end a run."""
+    """A member's engine does not end a run, or does not open."""
 
 
 class Observer:
@@ -60,7 +64,7 @@ class Observer:
         """A member's engine was opened anew."""
 
     def hung(self, member: int) -> None:
-        """A member's engine does not end a run."""
+        """A member's engine does not end a run, or does not open."""
 
 
 class _Role(NamedTuple):
@@ -79,6 +83,13 @@ def _roles(streams: int, decoders: int, *, shared: bool) -> list[_Role]:
         keeps = streams == host.cores()
         return [_Role("engine", decodes=True, runs=True, keeps=keeps)] * streams + [decoder] * (decoders - streams)
     return [_Role("engine", decodes=False, runs=True)] * streams + [decoder] * decoders
+
+
+class _Use(NamedTuple):
+    """Of a member's engine. `jobs`: whose views it runs; none while it is opened anew."""
+
+    member: int
+    jobs: Sequence[Job]
 
 
 class _Turn(NamedTuple):
@@ -141,8 +152,8 @@ class Scheduler:
         self._decoding = 0  # images
         self._begun = 0  # runs and images to decode, since the start
         self._down: dict[int, str] = {}  # members whose engine is being opened anew, and why it has not succeeded yet
-        self._runs: Runs[Batch] = Runs(run_limit)  # by the thread that runs it
-        self._hung: dict[Hashable, Run[Batch]] = {}  # of these, the overdue, when they were looked at last
+        self._runs: Runs[_Use] = Runs(run_limit)  # by the thread that waits for it
+        self._hung: dict[Hashable, Run[_Use]] = {}  # of these, the overdue, when they were looked at last
         self._look_every = run_limit / 4  # seconds
         self._reopening: list[threading.Thread] = []
         self._workers = [
@@ -174,11 +185,11 @@ class Scheduler:
         if not self._down and not self._hung:  # as nearly always: then the event loop does not wait for a lock
             return {}
         with self._lock:
-            return self._down | {run.what.member: "it does not end a run" for run in self._hung.values()}
+            return self._down | {run.what.member: "it hangs" for run in self._hung.values()}
 
     @property
     def hung(self) -> set[int]:
-        """Members whose engine does not end a run."""
+        """Members whose engine does not end a run, or does not open."""
         with self._lock:
             return {run.what.member for run in self._hung.values()}
 
@@ -271,15 +282,14 @@ class Scheduler:
             overdue = self._runs.overdue(time.monotonic())
             fresh = [run.what.member for key, run in overdue.items() if key not in self._hung]
             self._hung = overdue
-            waiting = [part.job for run in overdue.values() for part in run.what.parts]
-            waiting = [job for job in waiting if self._decide.release(job)]
+            waiting = [job for run in overdue.values() for job in run.what.jobs if self._decide.release(job)]
             for member in {run.what.member for run in overdue.values()}:
                 self._decide.pause(member)
                 waiting += self._decide.give_up(member)
             if overdue:
                 self._wake_all()
         for member in fresh:
-            log.critical("the engine of member %d does not end a run: restart this process", member)
+            log.critical("the engine of member %d hangs: restart this process", member)
             self._observer.hung(member)
         self._give_up(waiting, EngineHung())
 
@@ -327,7 +337,7 @@ class Scheduler:
         return self._decide.next(time.monotonic(), decode=decodes, run=role.runs)
 
     def _more_may_come(self) -> bool:
-        running = self._running.total() - len(self._hung)
+        running = self._running.total() - sum(bool(run.what.jobs) for run in self._hung.values())
         return bool(self._decide.waiting_views or running or self._decoding)
 
     def _begin_decoding(self, decoding: Decoding) -> Callable[[], None]:
@@ -340,7 +350,8 @@ class Scheduler:
         lone = self._lone[batch.member] if alone else None
         turn = _Turn(lone, lone.takes_next(), self._begun) if lone else None
         self._running[batch.member] += 1
-        self._runs.begin(threading.get_ident(), batch, batch.seconds, time.monotonic())
+        use = _Use(batch.member, [part.job for part in batch.parts])
+        self._runs.begin(threading.get_ident(), use, batch.seconds, time.monotonic())
         return lambda: self._run(batch, engine, turn)
 
     def _decode(self, decoding: Decoding) -> None:
@@ -398,13 +409,17 @@ class Scheduler:
     def _finished(self, batch: Batch) -> None:
         """Called by its worker, with the lock held."""
         self._running[batch.member] -= 1
+        self._ended(batch.member)
+        self._run_ended.notify_all()
+
+    def _ended(self, member: int) -> None:
+        """What this thread waited for. Called with the lock held."""
         self._runs.end(threading.get_ident())
         if self._hung.pop(threading.get_ident(), None):
-            log.warning("the engine of member %d has ended its run after all", batch.member)
-            if batch.member not in self._down | {run.what.member: "" for run in self._hung.values()}:
-                self._decide.resume(batch.member, time.monotonic())
+            log.warning("the engine of member %d does not hang after all", member)
+            if member not in self._down | {run.what.member: "" for run in self._hung.values()}:
+                self._decide.resume(member, time.monotonic())
                 self._wake_all()
-        self._run_ended.notify_all()
 
     def _on_failure(self, batch: Batch, engine: Engine, error: Exception) -> None:
         member = batch.member
@@ -431,7 +446,9 @@ class Scheduler:
             while self._running[member]:
                 self._run_ended.wait()
             dead = self._engines[member]
-        fresh = self._revival.replace(member, dead, lambda error: self._not_reopened(member, error))
+        fresh = self._revival.replace(
+            member, dead, lambda error: self._not_reopened(member, error), lambda: self._attempt(member)
+        )
         if fresh is None:
             return
         with self._lock:
@@ -442,6 +459,17 @@ class Scheduler:
             self._reopening.remove(threading.current_thread())
             self._wake_all()
         self._observer.restarted(member)
+
+    @contextmanager
+    def _attempt(self, member: int) -> Iterator[None]:
+        """To open its engine anew."""
+        with self._lock:
+            self._runs.begin(threading.get_ident(), _Use(member, ()), _OPENING, time.monotonic())
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ended(member)
 
     def _not_reopened(self, member: int, error: Exception) -> None:
         """The images that wait for this engine are given up: it may be long until there is one."""

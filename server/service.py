@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,10 +50,10 @@ class Service:
         self._path = settings.bundle
         self._serving: _Serving | None = None
         self._failure: str | None = None
-        self._switching = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loading: asyncio.Task[None] | None = None
-        self._reloading: asyncio.Task[None] | None = None
+        self._switching: asyncio.Task[Classifier] | None = None
+        self._signalled: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
 
     @property
@@ -108,7 +109,7 @@ class Service:
         told = []
         for member, reason in down.items():
             if member in hung:
-                happens = "does not end a run: this process must be restarted"
+                happens = "hangs: this process must be restarted"
             else:
                 happens = "died and is being opened anew" + (f"; it failed with {reason}" if reason else "")
             told.append(f"the engine of {members[member].name} {happens}")
@@ -121,9 +122,14 @@ class Service:
 
     async def stop(self) -> None:
         """Finish what was accepted and free the engines."""
-        for task in (self._loading, self._reloading, self._draining):
-            if task:
-                await task
+        if self._loading:
+            await self._loading
+        if self._signalled:
+            await self._signalled
+        if self._switching:
+            await asyncio.wait([self._switching])  # who asked for it was told what came of it, or is gone
+        if self._draining:
+            await self._draining
         if self._serving:
             self.metrics.ready.set_function(lambda: 0)
             await asyncio.to_thread(self._serving.classifier.close)
@@ -139,11 +145,19 @@ class Service:
         "reload_in_progress", "bundle_not_allowed", or "bundle_refused", after which the old one goes on.
         """
         old = self._current()
-        if self._switching or (self._draining and not self._draining.done()):
-            doing = "another bundle is being loaded" if self._switching else "the bundle before still answers requests"
-            raise ApiError("reload_in_progress", f"{doing}; at most two are held at a time", retry_after=1)
+        for task, doing in (
+            (self._switching, "another bundle is being loaded"),
+            (self._draining, "the bundle before still answers requests"),
+        ):
+            if task and not task.done():
+                raise ApiError("reload_in_progress", f"{doing}; at most two are held at a time", retry_after=1)
         path = self._path if named is None else self._allowed(named)
-        self._switching = True
+        self._switching = asyncio.create_task(self._switch(old, path))
+        # At the drain limit a request is cancelled, and what it had begun must not be left alone with its engines.
+        classifier = await asyncio.shield(self._switching)
+        return classifier.bundle.identity, old.classifier.bundle.identity
+
+    async def _switch(self, old: "_Serving", path: Path) -> Classifier:
         try:
             settings = self.settings.model_copy(update={"bundle": path})
             classifier = await asyncio.to_thread(self._loaded, settings)
@@ -152,13 +166,11 @@ class Service:
             log.exception("still serving %s, not %s", old.classifier.bundle.identity, path)
             self.metrics.reloads.labels("refused").inc()
             raise ApiError("bundle_refused", reason) from None
-        finally:
-            self._switching = False
         self._path = path
         self._serve(classifier)
         self._draining = asyncio.create_task(_drain(old))
         self.metrics.reloads.labels("switched").inc()
-        return classifier.bundle.identity, old.classifier.bundle.identity
+        return classifier
 
     def reload_soon(self) -> None:
         """`reload`, asked for by a signal: from any thread, and what comes of it is only logged."""
@@ -166,10 +178,7 @@ class Service:
             self._loop.call_soon_threadsafe(self._begin_reload)
 
     def _begin_reload(self) -> None:
-        if self._reloading and not self._reloading.done():
-            log.warning("not reloaded: a reload is in progress")
-            return
-        self._reloading = asyncio.create_task(self._reload())
+        self._signalled = asyncio.create_task(self._reload())
 
     async def _reload(self) -> None:
         try:
@@ -182,7 +191,8 @@ class Service:
         if root is None:
             raise ApiError("bundle_not_allowed", "bundles are named only where RESNET_RELOAD_FROM is set")
         path = root / named
-        if not path.resolve().is_relative_to(root.resolve()):
+        # Not Path.resolve(): before Python 3.13 it raises RuntimeError of a link that leads to itself.
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
             raise ApiError("bundle_not_allowed", f"{named!r} is not in the folder of RESNET_RELOAD_FROM")
         return path
 

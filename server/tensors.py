@@ -20,7 +20,17 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pydantic_core
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from resnet_ensemble.server.errors import ApiError
@@ -76,7 +86,7 @@ class Parameters(_Part):
     - protocol, stop: of the ensemble, as for /predict
     """
 
-    binary_data_output: StrictBool = False
+    binary_data_output: StrictBool | None = None
     timeout: Annotated[StrictInt, Field(gt=0, le=3600 * 10**6)] | None = None
     protocol: ProtocolName | None = None
     stop: StopRuleName | None = None
@@ -91,17 +101,22 @@ class _OutputParameters(_Part):
     classification: Annotated[StrictInt, Field(ge=1)] | None = None
 
 
+def _or_null(parameters: type[_Part]) -> BeforeValidator:
+    """Who writes a model of a request with its defaults, such as KServe's, sends null for none."""
+    return BeforeValidator(lambda given: {} if given is None else given, json_schema_input_type=parameters | None)
+
+
 class _Input(_Part):
     name: StrictStr
     shape: Annotated[list[Annotated[StrictInt, Field(ge=1, lt=2**31)]], Field(min_length=1, max_length=_MAX_RANK)]
     datatype: StrictStr
-    parameters: _InputParameters = _InputParameters()
+    parameters: Annotated[_InputParameters, _or_null(_InputParameters)] = _InputParameters()
     data: Any = None
 
 
 class _Output(_Part):
     name: StrictStr
-    parameters: _OutputParameters = _OutputParameters()
+    parameters: Annotated[_OutputParameters, _or_null(_OutputParameters)] = _OutputParameters()
 
 
 class Header(_Part):
@@ -109,7 +124,7 @@ class Header(_Part):
 
     id: StrictStr | None = None
     model_name: StrictStr | None = None
-    parameters: Parameters = Parameters()
+    parameters: Annotated[Parameters, _or_null(Parameters)] = Parameters()
     inputs: Annotated[list[_Input], Field(min_length=1, max_length=16)]
     outputs: Annotated[list[_Output], Field(max_length=64)] | None = None
 
@@ -331,7 +346,7 @@ def _unpack(content: memoryview, count: int, spec: Spec) -> list[bytes]:
 
 
 def _wanted(header: Header, specs: Sequence[Spec]) -> list[Wanted]:
-    default = header.parameters.binary_data_output
+    default = bool(header.parameters.binary_data_output)
     if not header.outputs:
         return [Wanted(spec, default) for spec in specs]
     found: dict[str, Wanted] = {}

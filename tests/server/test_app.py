@@ -202,7 +202,7 @@ def test_a_hung_engine_is_told_by_liveness_and_to_whom_it_concerns(serve: Serve,
         assert "must be restarted" in refused["detail"]
         alive, ready = (assert_problem(client.get(path), "not_ready")["detail"] for path in ("/livez", "/readyz"))
         hung, other = ("resnet20", "resnet32") if "resnet20" in alive else ("resnet32", "resnet20")
-        assert alive == ready == f"the engine of {hung} does not end a run: this process must be restarted"
+        assert alive == ready == f"the engine of {hung} hangs: this process must be restarted"
         assert_problem(client.post("/predict", content=png(), headers=RAW), "not_ready")
         assert client.get("/v2/health/live").status_code == 503
         assert client.get(f"/v2/models/cifar10-{hung}/ready").status_code == 503

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from resnet_ensemble.export import host
-from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.bundle import Bundle, BundleError
 from resnet_ensemble.export.engines import BackendUnavailable, EngineInfo
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server.classifier import Classifier, load
@@ -126,6 +126,28 @@ def test_an_engine_of_a_gpu_is_not_replaced_by_one_of_the_cpu(pair: Bundle, png:
     backends.append("onnxruntime-cuda")
     assert classifier._reopened(0, opener(None, None, None)) is made[-1]
     classifier.close()
+
+
+@pytest.mark.parametrize("fault", ["the last engine", "no calibration"])
+def test_a_bundle_that_can_t_be_served_keeps_none_of_its_engines(pair: Bundle, fault: str) -> None:
+    """On a GPU they would keep their memory, of which each attempt to load it needs as much again."""
+    opened: list[FakeEngine] = []
+    closed: list[FakeEngine] = []
+
+    def opener(*_: object) -> FakeEngine:
+        if fault == "the last engine" and opened:
+            raise BackendUnavailable("no room on the device")
+        engine = FakeEngine(10)
+        engine.close = lambda: closed.append(engine)  # type: ignore[method-assign]
+        opened.append(engine)
+        return engine
+
+    settings = Settings(bundle=pair.path, stop="calibrated" if fault == "no calibration" else "full")
+    with pytest.raises((BackendUnavailable, BundleError)):
+        load(settings, Metrics(), opener)
+
+    assert len(opened) == (1 if fault == "the last engine" else 2)
+    assert {*map(id, closed)} == {*map(id, opened)}
 
 
 def test_what_is_an_error_already_keeps_its_place(classifier: Classifier, png: Callable[..., bytes]) -> None:

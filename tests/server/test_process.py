@@ -115,6 +115,25 @@ def test_what_is_not_answered_at_the_drain_limit_is_told_so(shipped: Bundle) -> 
         assert running.wait(30) == 0
 
 
+@pytest.mark.parametrize(
+    ("path", "told"), [("/predict", b'"code":"not_ready"'), ("/v2/models/cifar10/infer", b'{"error":"not_ready: ')]
+)
+def test_what_still_arrives_at_the_drain_limit_is_told_so_in_the_path_s_own_shape(path: str, told: bytes) -> None:
+    with process(RESNET_BACKEND="fake", RESNET_DRAIN_SECONDS="1") as (running, url):
+        wait_until_ready(url)
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=30) as connection:
+            connection.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{{".encode())
+            time.sleep(0.5)
+            running.send_signal(signal.SIGTERM)
+            answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert told in answer
+        assert running.wait(30) == 0
+        assert running.stderr
+        assert "Traceback" not in running.stderr.read()
+
+
 @pytest.mark.parametrize("name", ["Upgrade", "upgrade"])
 def test_a_client_that_offers_another_protocol_is_answered_in_this_one(shipped: Bundle, name: str) -> None:
     ship = (shipped.path / "golden" / "ship.png").read_bytes()

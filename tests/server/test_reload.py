@@ -1,5 +1,6 @@
 """Another bundle takes over while requests are answered, or does not."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -195,6 +196,26 @@ def test_a_bundle_that_fails_leaves_the_old_one_and_tells_why(bundles: Path, png
         assert reload(client).status_code == 200  # of what is served
 
 
+def test_an_engine_that_can_t_be_closed_keeps_no_other_from_it(bundles: Path) -> None:
+    closed: list[tuple[str, str]] = []
+
+    def engine(bundle: Bundle, member: Member) -> FakeEngine:
+        made = FakeEngine(10)
+
+        def close() -> None:
+            closed.append((bundle.manifest.version, member.name))
+            raise RuntimeError("the driver is gone")
+
+        made.close = close  # type: ignore[method-assign]
+        return made
+
+    with serving(bundles, engine) as client:
+        assert reload(client, bundle="next").status_code == 200
+        until(lambda: len(closed) == 2)
+
+    assert {*closed} == {(bundle, member) for bundle in ("served", "next") for member in ("resnet20", "resnet32")}
+
+
 @pytest.mark.parametrize("named", ["..", "../served", "/etc", "link", "next/../../x"])
 def test_a_path_outside_of_the_folder_is_refused(bundles: Path, tmp_path: Path, named: str) -> None:
     allowed = bundles / "allowed"
@@ -244,6 +265,46 @@ def test_a_body_that_names_no_bundle_is_refused(bundles: Path, content: bytes, c
 def test_a_server_that_is_not_ready_does_not_reload(tmp_path: Path) -> None:
     with TestClient(create_app(Service(Settings(bundle=tmp_path, admin_key=KEY)))) as client:
         assert_problem(reload(client), "not_ready")
+
+
+def test_a_reload_whose_request_is_cancelled_is_finished_and_its_engines_are_closed(bundles: Path) -> None:
+    """Uvicorn cancels requests at the drain limit; threads of an engine that nobody closes would end with 1."""
+    loading, go_on = threading.Event(), threading.Event()
+    opened: list[FakeEngine] = []
+    closed: list[FakeEngine] = []
+
+    def engine(bundle: Bundle, *_: object) -> FakeEngine:
+        if opened[1:]:
+            loading.set()
+            assert go_on.wait(10)
+        made = FakeEngine(10)
+        made.close = lambda: closed.append(made)  # type: ignore[method-assign]
+        opened.append(made)
+        return made
+
+    async def reload_and_stop() -> None:
+        service = Service(Settings(bundle=bundles / "served"), open_with=engine)
+        await service.start()
+        await asyncio.to_thread(until, lambda: b"resnet_ready 1.0" in service.measurements())
+        request = asyncio.create_task(service.reload())
+        await asyncio.to_thread(loading.wait, 10)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        stopping = asyncio.create_task(service.stop())
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await stopping
+
+    asyncio.run(reload_and_stop())
+    assert len(opened) == 4
+    assert {*map(id, closed)} == {*map(id, opened)}
+
+
+def test_a_link_that_leads_to_itself_is_no_failure_of_ours(bundles: Path) -> None:
+    (bundles / "loop").symlink_to("loop")
+    with serving(bundles) as client:
+        assert_problem(reload(client, bundle="loop"), "bundle_refused")
 
 
 def test_sighup_loads_again_and_a_wrong_bundle_is_not_served(bundles: Path) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def test_an_engine_is_sound_that_answers_its_members_probe() -> None:
 def test_a_dead_engine_is_closed_and_replaced_even_if_it_does_not_close(error: Exception | None) -> None:
     dead, fresh = Closes(error), FakeEngine(CLASSES)
 
-    assert reviving(fresh).replace(1, dead, unexpected) is fresh
+    assert reviving(fresh).replace(1, dead, unexpected, nullcontext) is fresh
     assert dead.closed
 
 
@@ -97,7 +98,8 @@ def test_each_attempt_that_fails_is_told_and_the_next_is_made(monkeypatch: pytes
     told: list[str] = []
     fresh = FakeEngine(CLASSES)
 
-    found = reviving(OSError("no device"), killed(), fresh).replace(1, killed(), lambda error: told.append(str(error)))
+    reviver = reviving(OSError("no device"), killed(), fresh)
+    found = reviver.replace(1, killed(), lambda error: told.append(str(error)), nullcontext)
 
     assert found is fresh
     assert told[0] == "no device"
@@ -110,7 +112,7 @@ def test_an_engine_that_is_opened_and_not_sound_is_closed(monkeypatch: pytest.Mo
     unsound, fresh = Closes(), Closes()
     unsound.kill()
 
-    assert reviving(unsound, fresh).replace(1, killed(), lambda _: None) is fresh
+    assert reviving(unsound, fresh).replace(1, killed(), lambda _: None, nullcontext) is fresh
     assert (unsound.closed, fresh.closed) == (True, False)
 
 
@@ -119,5 +121,27 @@ def test_attempts_end_when_it_is_closing() -> None:
     closing.set()
     told: list[Exception] = []
 
-    assert reviving(OSError("no device"), closing=closing).replace(1, killed(), told.append) is None
+    assert reviving(OSError("no device"), closing=closing).replace(1, killed(), told.append, nullcontext) is None
     assert len(told) == 1
+
+
+def test_what_may_hang_is_surrounded_and_the_time_between_attempts_is_not() -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def attempt() -> Iterator[None]:
+        seen.append("begins")
+        try:
+            yield
+        finally:
+            seen.append("ends")
+
+    class Waits(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            seen.append(f"waits {timeout}")
+            return False
+
+    reviver = reviving(OSError("no device"), FakeEngine(CLASSES), closing=Waits())
+    assert reviver.replace(1, killed(), lambda _: None, attempt)
+    once = ["begins", "ends"]
+    assert seen == [*once, *once, f"waits {revival._FIRST_DELAY}", *once]

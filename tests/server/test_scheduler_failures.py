@@ -129,7 +129,7 @@ def test_what_waits_for_an_engine_that_hangs_is_given_up_and_others_go_on() -> N
         for job in (stuck, late):
             with pytest.raises(EngineHung):
                 job.future.result(10)
-        assert (running.hung, running.down) == ({0}, {0: "it does not end a run"})
+        assert (running.hung, running.down) == ({0}, {0: "it hangs"})
         assert running.unfinished_views() == 0
 
         (alone,) = running.admit(plan(), FULL, deadline=time.monotonic() + 1e6)
@@ -141,6 +141,46 @@ def test_what_waits_for_an_engine_that_hangs_is_given_up_and_others_go_on() -> N
         until(lambda: not running.hung)
         assert running.down == {}
         assert submit(running, 0, members=2).future.result(10).views.tolist() == [10, 10]
+
+
+def test_an_opening_that_hangs_is_told_and_what_waits_for_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resnet_ensemble.server.scheduler._OPENING", 0.001)
+    dead, other, go = FakeEngine(CLASSES), FakeEngine(CLASSES), threading.Event()
+
+    def reopen(_: int) -> Engine:
+        go.wait()
+        return FakeEngine(CLASSES)
+
+    with scheduler(dead, other, reopen=reopen, run_limit=0.05) as running:
+        dead.kill()
+        waiting = submit(running, 0, members=2)
+        with pytest.raises(EngineHung):
+            waiting.future.result(10)
+        assert (running.hung, running.down) == ({0}, {0: "it hangs"})
+
+        go.set()
+        until(lambda: not running.down)
+        assert running.hung == set()
+        assert submit(running, 0, members=2).future.result(10).views.tolist() == [10, 10]
+
+
+def test_closing_does_not_wait_for_an_opening_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resnet_ensemble.server.scheduler._OPENING", 0.001)
+    dead, go = FakeEngine(CLASSES), threading.Event()
+
+    def reopen(_: int) -> Engine:
+        go.wait()
+        raise OSError("no device")
+
+    with scheduler(dead, reopen=reopen, run_limit=0.05) as running:
+        dead.kill()
+        job = submit(running, 0)
+        until(lambda: running.hung)
+        running.close()
+
+        with pytest.raises(EngineHung):
+            job.future.result(0)
+        go.set()
 
 
 def test_closing_does_not_wait_for_a_run_that_hangs() -> None:

@@ -52,6 +52,17 @@ def refusal(header: Any, behind: bytes = b"") -> str:
 # What is well-formed
 
 
+def test_null_is_the_same_as_nothing() -> None:
+    pixels, image = tensor(), {"name": "image", "shape": [1], "datatype": "BYTES", "data": [""]}
+    without = parse(request(pixels, outputs=[{"name": "label"}]))
+    null = request(pixels, outputs=[{"name": "label", "parameters": None}], id=None, model_name=None, parameters=None)
+    nulls = dict.fromkeys(("binary_data_output", "timeout", "protocol", "stop"))
+
+    assert str(parse(null)) == str(without)
+    assert parse(request(pixels, parameters=nulls)).outputs == parse(request(pixels)).outputs
+    assert parse(request(image | {"parameters": None})).inputs == {"image": [b""]}
+
+
 @given(st.lists(st.binary(max_size=50), min_size=1, max_size=8), st.booleans())
 def test_bytes_come_back_whole(elements: list[bytes], flat: bool) -> None:
     shape = [len(elements)] if flat else [len(elements), 1]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from resnet_ensemble.export import engine_store, engines
+from resnet_ensemble.export import engine_store, engines, golden
 from resnet_ensemble.export.build_engines import Row, build_all
-from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.bundle import Bundle, BundleError
 from resnet_ensemble.export.engine_store import EngineStore
 from resnet_ensemble.export.engines import (
     BackendUnavailable,
@@ -123,6 +123,20 @@ def test_every_engine_of_a_gpu_is_built_checked_timed_stored_and_opened(cudart: 
         "Fake GPU",
     )
     engine.close()
+
+
+def test_an_engine_that_fails_its_golden_check_keeps_no_memory_of_the_gpu(
+    cudart: Cudart, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_all(bundle, precisions=["fp32"], device="cuda")
+
+    def refuse(*_: object, **__: object) -> float:
+        raise BundleError("golden values differ")
+
+    monkeypatch.setattr(golden, "check", refuse)
+    with pytest.raises(BundleError, match="golden values differ"):
+        engine_store.open_engine(bundle, bundle.manifest.members[0], "tensorrt")
+    assert cudart.leaks() == []
 
 
 def test_the_fastest_that_passed_is_served_on_whatever_device(cudart: Cudart, bundle: Bundle) -> None:
