@@ -54,6 +54,8 @@ from resnet_ensemble.training.files import check_writable
 from resnet_ensemble.training.pixels import SUFFIXES
 from resnet_ensemble.training.views import ALL_PROTOCOLS, block_sizes, largest_side, make_blocks
 
+log = logging.getLogger(__name__)
+
 SEED = 0
 DRAFT = 2  # the least that a draft has of the shorter side of what views are cut from, so that resizing still averages
 _IMAGES_A_RUN = 8  # 80 views of ten crops
@@ -86,7 +88,6 @@ class Pictures:
 def find_pictures(folder: Path, labels: tuple[str, ...], max_pixels: int) -> Pictures:
     """A folder's pictures, or CIFAR's validation images. Raises DataError."""
     if files := labelled.find(folder, labels):
-        known = [file.label for file in files if file.label is not None]
 
         def decode(index: int, draft: int | None = None) -> Image.Image:
             with _named(files[index].path):
@@ -96,8 +97,19 @@ def find_pictures(folder: Path, labels: tuple[str, ...], max_pixels: int) -> Pic
             with _named(files[index].path):
                 return images.is_drafted(files[index].read(), draft)
 
-        found = np.array(known) if len(known) == len(files) else None
-        return Pictures(folder.name, len(files), decode, found, drafted, decode)
+        known, found = [file.label is not None for file in files], None
+        if all(known):
+            found = np.array([file.label for file in files])
+        elif any(known):
+            log.warning(
+                "%d of the %d pictures in %s are in no folder that is named like a label, the first of them %s: "
+                "there will be no errors and no temperatures",
+                known.count(False),
+                len(files),
+                folder,
+                files[known.index(False)].path,
+            )
+        return Pictures(labelled.name_of(folder), len(files), decode, found, drafted, decode)
     dataset = next((known for known in cifar.DATASETS.values() if known.labels == labels), None)
     if dataset is None:
         raise cifar.DataError(f"no pictures in {folder} ({', '.join(SUFFIXES)})")
@@ -258,7 +270,12 @@ def calibrate(
             "exact": exact.means(),
             "calibrated": calibrated.means(),
         }
-        temperatures = {name: _temperature(mean, pictures.labels) for name, mean in means.items()}
+        labels = pictures.labels
+        temperatures = {
+            name: _temperature(mean, labels)
+            for name, mean in means.items()
+            if (mean.argmax(axis=1) != labels).sum() >= temperature.FEWEST_WRONG
+        }
     return Calibration(
         protocol=protocol,
         engines=calibration.kinds(bundle, [engine.info for engine in engines]),
@@ -356,13 +373,18 @@ def report(found: Calibration) -> str:
             f"Top-1 error on the images that certify: full {found.errors['full']:.2f} %, "
             f"calibrated {found.errors['calibrated']:.2f} %."
         )
-    for name, fit in (found.temperatures or {}).items():
-        lines.append(
-            f"Temperature of {name}: {fit.temperature:.3f}; calibration error {fit.error_before:.4f} before, "
-            f"{fit.error_after:.4f} after ({fit.bins} bins of equal width); loss {fit.loss_before:.4f}, "
-            f"{fit.loss_after:.4f}."
-        )
+        lines.extend(_told(rule, (found.temperatures or {}).get(rule)) for rule in ("full", *found.costs))
     return "\n".join(lines)
+
+
+def _told(rule: str, fit: Temperature | None) -> str:
+    if fit is None:
+        return f"No temperature of {rule}: fewer than {temperature.FEWEST_WRONG} of its labels are wrong."
+    return (
+        f"Temperature of {rule}: {fit.temperature:.3f}; on images that it was not fitted on, calibration error "
+        f"{fit.error_before:.4f} before, {fit.error_after:.4f} after ({fit.bins} bins of equal width); loss "
+        f"{fit.loss_before:.4f}, {fit.loss_after:.4f}" + ("." if fit.helps else ": it does not help, and is not used.")
+    )
 
 
 def _share(text: str) -> float:

@@ -68,6 +68,11 @@ class Temperature(_Part):
     loss_before: float = Field(ge=0)
     loss_after: float = Field(ge=0)
 
+    @property
+    def helps(self) -> bool:
+        """On images that it was not fitted on. The calibration error alone falls by chance, where it is small."""
+        return self.error_after < self.error_before and self.loss_after < self.loss_before
+
 
 class RuleCost(_Part):
     """What a stop rule takes on the images that certify. `cost`: seconds, as a share of those of all views."""
@@ -148,9 +153,9 @@ class Calibration(_Part):
         return self.draft.shorter_side if self.draft else None
 
     def temperature(self, rule: str) -> float | None:
-        """That of a stop rule, if it made the calibration error smaller on images that it was not fitted on."""
+        """That of a stop rule, if it helped on images that it was not fitted on."""
         known = (self.temperatures or {}).get(rule)
-        return known.temperature if known and known.error_after < known.error_before else None
+        return known.temperature if known and known.helps else None
 
     def ordered_plan(self, seconds: Sequence[Sequence[float]]) -> Plan:
         """The plan. `seconds`: of one view, for each member and block, on the host that runs it."""

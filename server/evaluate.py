@@ -84,26 +84,25 @@ class _Answer:
     size: tuple[int, int]
 
 
-def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, list[Example]]:
-    """The data set's name, and its pictures. Raises DataError."""
+def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, str, list[Example]]:
+    """The names of the data set and of its split, and its pictures. Raises DataError.
+
+    `split`: of CIFAR. A folder is a split if it is named like one, and otherwise "all" of what it is named.
+    """
     if not data.exists():
         raise DataError(f"there is nothing at {data}")
     pictures = labelled.find(data, labels)
-    examples = [Example(file.read, file.label, str(file.path)) for file in pictures if file.label is not None]
-    unknown = [file.path for file in pictures if file.label is None]
-    if unknown:  # the error of a part of the data would be taken for that of all
-        raise DataError(
-            f"{len(unknown)} of the {len(pictures)} pictures in {data} are in no folder that is named like a label of "
-            f"the bundle; the first is {unknown[0]}"
-        )
-    if examples:
-        return data.name, examples
+    known = labelled.labels_of(pictures, data)
+    if known:
+        examples = [Example(file.read, label, str(file.path)) for file, label in zip(pictures, known, strict=True)]
+        name = labelled.name_of(data)
+        return (labelled.name_of(data / ".."), name, examples) if name in cifar.SPLITS else (name, "all", examples)
     dataset = next((known for known in cifar.DATASETS.values() if known.labels == labels), None)
     if dataset is None:
         raise DataError(f"no folder in {data} is named like a label of the bundle ({', '.join(labels[:3])}, ...)")
     chosen = cifar.read(data, split, dataset)
     pairs = zip(chosen.images, chosen.labels, strict=True)
-    return dataset.title, [Example(partial(_png, pixels), int(label)) for pixels, label in pairs]
+    return dataset.title, split, [Example(partial(_png, pixels), int(label)) for pixels, label in pairs]
 
 
 def spread(examples: list[Example], limit: int | None) -> list[Example]:
@@ -307,7 +306,7 @@ def _run(arguments: argparse.Namespace, stops: list[str]) -> None:
         manifest = classifier.bundle.manifest
         if arguments.plot and any(member.multiply_adds is None for member in manifest.members):
             raise BundleError("the bundle does not say its members' multiply-adds, so --plot can't; export it again")
-        dataset, examples = read(arguments.data, arguments.split, manifest.labels)
+        dataset, split, examples = read(arguments.data, arguments.split, manifest.labels)
         examples = spread(examples, arguments.limit)
         protocols = arguments.protocol or list(ALL_PROTOCOLS)
         if CALIBRATED in (arguments.stop or ()) and not set(protocols) & set(classifier.strategies.calibrations):
@@ -316,12 +315,12 @@ def _run(arguments: argparse.Namespace, stops: list[str]) -> None:
     if arguments.json:
         print(json.dumps([asdict(score) for score in scores], indent=1))
     else:
-        print(f"{classifier.bundle.identity} on {dataset} {arguments.split}, n = {len(examples)}, top-1 error\n")
+        print(f"{classifier.bundle.identity} on {dataset} {split}, n = {len(examples)}, top-1 error\n")
         print(table(scores))
     if arguments.plot:
-        write_atomically(arguments.plot, draw(scores, f"{classifier.bundle.identity}, {dataset} {arguments.split}"))
+        write_atomically(arguments.plot, draw(scores, f"{classifier.bundle.identity}, {dataset} {split}"))
     if arguments.record:
-        record(classifier.bundle, scores, dataset, arguments.split)
+        record(classifier.bundle, scores, dataset, split)
 
 
 if __name__ == "__main__":

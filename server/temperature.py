@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 
 BINS = 15  # of equal width, as in Guo et al.
 FOLDS = 5
+# Of the labels that a temperature is fitted to, so many must be wrong: if all are right, the sharpest is the likeliest.
+# Of 100 samples of 45 images of CIFAR-10, at whose best temperature hardly anything is gained, 58 had one that made the
+# calibration error smaller; with this, and the loss smaller, too, 1 (samples of 896: 69, and 15; 2026-11-28).
+FEWEST_WRONG = 10
 _SMALLEST = 1e-12  # the logarithm of an impossible class is finite when a temperature is fitted
 _SHARPEST, _SOFTEST = 0.05, 20.0
 

@@ -230,6 +230,25 @@ def test_a_draft_has_twice_the_pixels_of_what_the_largest_member_s_views_are_cut
     assert calibrate.draft_side(Bundle(bundle.path, manifest), "multiscale") == 1280
 
 
+def test_few_wrong_labels_tell_no_temperature(bundle: Bundle) -> None:
+    """Of images that are all answered right, the sharpest probabilities are the likeliest."""
+    shown = pictures(300)
+    engines = [Sharp(10), Sharp(10)]
+    vectors, _ = calibrate.run(bundle, engines, shown, "flip")
+    wrong = np.flatnonzero(vectors.mean(axis=1).argmax(axis=1) != shown.labels)
+    answered = vectors.mean(axis=1).argmax(axis=1)
+    answered[wrong[:9]] = (answered[wrong[:9]] + 1) % 10
+
+    found = calibrate.calibrate(
+        bundle, engines, replace(shown, labels=answered), "flip", disagreement=0.02, confidence=0.9
+    )
+
+    assert found.errors is not None
+    assert found.temperatures is not None
+    assert "full" not in found.temperatures
+    assert "No temperature of full: fewer than 10 of its labels are wrong." in calibrate.report(found)
+
+
 def test_without_labels_there_are_thresholds_but_neither_errors_nor_temperatures(bundle: Bundle) -> None:
     found = calibrate.calibrate(
         bundle, [Sharp(10), Sharp(10)], pictures(300, labelled=False), "flip", disagreement=0.02, confidence=0.9
@@ -262,7 +281,7 @@ def test_a_single_view_can_not_be_saved(bundle: Bundle) -> None:
 
 
 def test_pictures_are_found_in_any_folder_and_labelled_where_every_folder_is_a_label(
-    tmp_path: Path, shipped: Bundle
+    tmp_path: Path, shipped: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     def read() -> Pictures:
         return calibrate.find_pictures(tmp_path, shipped.manifest.labels, 10_000)
@@ -277,8 +296,12 @@ def test_pictures_are_found_in_any_folder_and_labelled_where_every_folder_is_a_l
     assert found.labels is not None
     assert found.labels.tolist() == [3, 8]
     assert found.decode(0).size == (40, 30)
+    assert caplog.messages == []
+
     Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
     assert read().labels is None
+    assert "1 of the 3 pictures in" in caplog.messages[0]
+    assert "b.png: there will be no errors and no temperatures" in caplog.messages[0]
 
 
 def test_a_folder_s_large_jpegs_can_be_drafted(tmp_path: Path, shipped: Bundle) -> None:

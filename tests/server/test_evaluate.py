@@ -104,10 +104,22 @@ def test_a_folder_for_each_label_is_read_and_what_is_no_picture_left_alone(
         (tmp_path / label / "1.png").write_bytes(png(3))
         (tmp_path / label / ".DS_Store").write_bytes(b"x")
 
-    name, examples = evaluate.read(tmp_path, "val", pair.manifest.labels)
+    name, split, examples = evaluate.read(tmp_path, "val", pair.manifest.labels)
 
-    assert name == tmp_path.name
+    assert (name, split) == (tmp_path.name, "all")
     assert [(example.label, Path(example.name).name) for example in examples] == [(3, "1.png"), (8, "1.png")]
+
+
+def test_a_folder_is_named_as_its_path_is_and_a_split_with_the_folder_that_it_is_in(
+    tmp_path: Path, png: Png, pair: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos" / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "test" / "cat" / "1.png").write_bytes(png())
+    monkeypatch.chdir(tmp_path / "photos" / "test")
+
+    for path in (Path(), tmp_path / "photos" / "test"):
+        assert evaluate.read(path, "val", pair.manifest.labels)[:2] == ("photos", "test")
+    assert evaluate.read(Path(".."), "val", pair.manifest.labels)[:2] == ("photos", "all")
 
 
 def test_pictures_whose_label_is_not_known_are_refused(tmp_path: Path, png: Png, pair: Bundle) -> None:
@@ -189,11 +201,11 @@ def test_cifar_images_are_encoded_without_loss(monkeypatch: pytest.MonkeyPatch, 
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     monkeypatch.setattr(cifar, "read", lambda *_: cifar.Images(images, np.array([1, 2])))
 
-    name, examples = evaluate.read(tmp_path, "val", cifar.CIFAR10.labels)
+    name, split, examples = evaluate.read(tmp_path, "val", cifar.CIFAR10.labels)
 
     from resnet_ensemble.server.images import decode
 
-    assert name == "CIFAR-10"
+    assert (name, split) == ("CIFAR-10", "val")
     decoded = [np.asarray(decode(example.read(), max_pixels=2000)) for example in examples]
     np.testing.assert_array_equal(np.stack(decoded), images)
 

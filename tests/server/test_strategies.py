@@ -35,18 +35,21 @@ FAKE = FakeEngine(10).info
 COSTS = [Cost(0.002, 10), Cost(0.001, 10)]  # the first member is the dearer one
 
 
-def temperature(value: float, after: float) -> Temperature:
-    """Fitted; the calibration error goes from 0.1 to `after`."""
-    return Temperature(
-        temperature=value, images=9, folds=5, bins=15, error_before=0.1, error_after=after, loss_before=1, loss_after=1
-    )
+def temperature(value: float, error: float, loss: float = 0.9) -> Temperature:
+    """Fitted; the calibration error was 0.1 before, the loss 1."""
+    after = {"error_after": error, "loss_after": loss}
+    return Temperature(temperature=value, images=9, folds=5, bins=15, error_before=0.1, loss_before=1, **after)
 
 
 @pytest.fixture
 def calibrated(pair: Bundle, tmp_path: Path) -> Bundle:
     """Of `flip`: one view of the first member is enough where it leads by 0.5. `full` has a temperature that helps."""
     copy = Bundle.open(Path(shutil.copytree(pair.path, tmp_path / "cifar10")))
-    temperatures = {"full": temperature(2.0, 0.01), "exact": temperature(2.0, 0.2), "calibrated": temperature(2.0, 0.1)}
+    temperatures = {
+        "full": temperature(2.0, 0.01),
+        "exact": temperature(2.0, 0.2),
+        "calibrated": temperature(2.0, 0.01, 1.1),
+    }
     calibration.write(copy, found(copy, FAKE, thresholds=(0.5, None), temperatures=temperatures))
     return copy
 
