@@ -8,7 +8,6 @@ two Zen 3 cores, 2026-11-26).
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Awaitable
 from typing import Any, TypeVar, cast
 
@@ -27,7 +26,7 @@ from resnet_ensemble.server.exchange import (
     refusal,
     stopping,
 )
-from resnet_ensemble.server.protocol import LimitedHttp
+from resnet_ensemble.server.protocol import MOST_UNREAD, LimitedHttp
 from resnet_ensemble.server.service import Service
 
 _T = TypeVar("_T")
@@ -97,7 +96,7 @@ class DirectExchange:
         self._http = http
         self._all_headers = http.headers
         self._limit = BodyLimit(self.headers.get(b"content-length", b""), http.service.settings.max_request_bytes)
-        self._chunks: deque[bytes] = deque()
+        self._body = bytearray()  # what is there of it, and not read; one object, however many chunks it has
         self._reads = True
         self._spoilt: ApiError | None = None
         self._task = http.loop.create_task(self._answer())
@@ -107,7 +106,7 @@ class DirectExchange:
     async def chunk(self, until: float) -> bytes | None:
         """As Exchange has it."""
         self._limit.add(0)
-        while not self._chunks:
+        while not self._body:
             if self._spoilt:
                 raise self._spoilt
             if not self.more_body:
@@ -115,7 +114,10 @@ class DirectExchange:
             self.message_event.clear()
             async with asyncio.timeout(until - time.monotonic()):
                 await self.message_event.wait()
-        chunk = self._chunks.popleft()
+        chunk = bytes(self._body)
+        self._body.clear()
+        if not self._spoilt:  # at the body's end, too: it is by reading that a client is found to have left
+            self._http.flow.resume_reading()
         self._limit.add(len(chunk))
         return chunk
 
@@ -126,7 +128,9 @@ class DirectExchange:
     def take(self, body: bytes) -> None:
         """The next bytes of the body."""
         if self._reads:
-            self._chunks.append(body)
+            self._body += body
+            if len(self._body) > MOST_UNREAD:
+                self._http.flow.pause_reading()
             self.message_event.set()
 
     def spoil(self, error: ApiError) -> None:
@@ -144,7 +148,7 @@ class DirectExchange:
     def _read_no_more(self) -> None:
         """What else comes is of a body that was refused; the connection keeps this exchange until its next one."""
         self._reads = False
-        self._chunks.clear()
+        self._body.clear()
 
     async def _answer(self) -> None:
         http, service = self._http, self._http.service

@@ -55,7 +55,8 @@ class BodyLimit:
 
     def __init__(self, announced: bytes, most: int) -> None:
         self._most = most
-        self._received = int(announced) if announced.isdigit() and int(announced) > most else 0
+        size = _announced(announced) or 0
+        self._received = size if size > most else 0
 
     def add(self, size: int) -> None:
         """So much has come; with 0, none is awaited of what is too large by its announcement. Raises ApiError."""
@@ -82,8 +83,13 @@ async def read(exchange: Exchange, take: Callable[[bytes], None], allowed: float
 
 def body_size(headers: Mapping[bytes, bytes], largest: int) -> int:
     """What the body will have at most."""
-    length = headers.get(b"content-length", b"")
-    return min(int(length), largest) if length.isdigit() else largest
+    length = _announced(headers.get(b"content-length", b""))
+    return largest if length is None else min(length, largest)
+
+
+def _announced(length: bytes) -> int | None:
+    """A Content-Length; None if it is none. int() refuses thousands of digits, which zeros may be."""
+    return int(length.lstrip(b"0") or b"0") if length.isdigit() else None
 
 
 def identify(given: bytes) -> str:

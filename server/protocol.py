@@ -22,10 +22,12 @@ MAX_HEAD_BYTES = 64 * 2**10
 HEAD_SECONDS = 30.0
 _LINGER_SECONDS = 2.0
 # Java's client offers HTTP/2 in every request. We speak no other protocol, and httptools would drop the body.
-_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+_UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
+_LOOKED_BACK = len(b"\r\nupgrade")  # where a head is cut, neither this with its colon nor its end may be overlooked
 # A connection is not read any further while the application has not taken so much of a body. uvicorn's 64 KiB is less
 # than a photograph has, and less than uvloop reads at once: two system calls to stop, and to go on at once.
-httptools_impl.HIGH_WATER_LIMIT = 256 * 2**10  # type: ignore[attr-defined]
+MOST_UNREAD = 256 * 2**10
+httptools_impl.HIGH_WATER_LIMIT = MOST_UNREAD  # type: ignore[attr-defined]
 
 
 class AtOnce:
@@ -83,6 +85,7 @@ class LimitedHttp(HttpToolsProtocol):
 
     _without_end = 0  # bytes of such
     _moved = False  # whether what was read last had a part of a body, or an end
+    _tail = b""  # of a head that goes on: in it, what is looked for may begin
     _in_head = False
     _before_body = True  # also between two requests
     _timer: asyncio.TimerHandle | None = None
@@ -105,13 +108,15 @@ class LimitedHttp(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._before_body:
-            end = data.find(b"\r\n\r\n")
-            head = data if end < 0 else data[:end]
-            if self._without_end + len(head) > MAX_HEAD_BYTES:
+            before, seen = len(self._tail), self._tail + data
+            end = seen.find(b"\r\n\r\n")
+            head = seen if end < 0 else seen[:end]
+            if self._without_end + len(head) - before > MAX_HEAD_BYTES:
                 self.refuse(ApiError("head_too_large", f"a request's head may have at most {MAX_HEAD_BYTES} bytes"))
                 return
-            if _UPGRADE.search(head):
-                data = _UPGRADE.sub(b"\r\nX-Ignored:", head) + data[len(head) :]
+            if _UPGRADE.search(head):  # what is added stands before the colon, which has just come
+                data = (_UPGRADE.sub(rb"\g<0>-Ignored", head) + seen[len(head) :])[before:]
+            self._tail = seen[-_LOOKED_BACK:] if end < 0 else b""
         self._moved = False
         super().data_received(data)
         self._without_end = 0 if self._moved else self._without_end + len(data)
@@ -128,8 +133,13 @@ class LimitedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._arrived()
-        self._moved, self._before_body = True, False
-        self.begin_answer()
+        self._moved = True
+        self.begin_answer()  # what can't be, such as an impossible target, is still answered as a head
+        self._before_body = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._before_body:  # a trailer is no header (RFC 9110, 6.5.1)
+            super().on_header(name, value)
 
     def begin_answer(self) -> None:
         """The head of a request is there."""

@@ -22,7 +22,7 @@ from resnet_ensemble.server import direct, predict
 from resnet_ensemble.server.app import create_app
 from resnet_ensemble.server.direct import DirectHttp
 from resnet_ensemble.server.metrics import Metrics
-from resnet_ensemble.server.protocol import MAX_HEAD_BYTES
+from resnet_ensemble.server.protocol import MAX_HEAD_BYTES, MOST_UNREAD
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.settings import Settings
 from tests.server.test_process import wait_for, wait_until_ready
@@ -46,7 +46,7 @@ def listen(pair: Bundle, monkeypatch: pytest.MonkeyPatch) -> Listen:
             def _write(self, answer: Any) -> None:
                 directly.append(answer.status)
                 super()._write(answer)
-                unread.append(len(self._chunks))
+                unread.append(len(self._body))
 
         monkeypatch.setattr(direct, "DirectExchange", Noted)
         service = Service(
@@ -142,6 +142,74 @@ def test_a_body_may_come_in_pieces(listen: Listen, png: Png) -> None:
         assert directly == [200]
 
 
+@pytest.mark.parametrize("cut", range(1, 5))
+def test_a_head_may_be_cut_in_its_end_and_is_not_taken_together_with_the_body(
+    listen: Listen, png: Png, cut: int
+) -> None:
+    image = png() + bytes(MAX_HEAD_BYTES)
+    with listen() as (url, _), connect(url) as connection:
+        connection.sendall(head(len(image))[:-cut])
+        time.sleep(0.05)
+        connection.sendall(head(len(image))[-cut:] + image)
+        assert received(connection, 1).startswith(b"HTTP/1.1 200")
+
+
+def test_another_protocol_that_a_head_in_pieces_offers_is_overlooked(listen: Listen, png: Png) -> None:
+    """Httptools would leave the body, which would be taken for the next request."""
+    whole = head(len(png()), "Connection: Upgrade", "Upgrade: h2c")
+    start = whole.index(b"\r\nUpgrade:")
+    with listen() as (url, directly):
+        for cut in range(start, start + len(b"\r\nUpgrade:") + 1):
+            with connect(url) as connection:
+                connection.sendall(whole[:cut])
+                time.sleep(0.02)
+                connection.sendall(whole[cut:] + png())
+                assert received(connection, 1).startswith(b"HTTP/1.1 200"), cut
+    assert set(directly) == {200}
+
+
+def test_a_length_may_begin_with_as_many_zeros_as_a_head_holds(listen: Listen, png: Png) -> None:
+    padded = head(len(png())).replace(b"Content-Length: ", b"Content-Length: " + b"0" * 5000)
+    with listen() as (url, _):
+        for request in (padded, padded[:-2] + b"Connection: close\r\n\r\n"):
+            with connect(url) as connection:
+                connection.sendall(request + png())
+                assert received(connection, 1).startswith(b"HTTP/1.1 200")
+
+
+def test_a_trailer_is_no_header(listen: Listen, png: Png) -> None:
+    with listen() as (url, _):
+        for lines in ((), ("Connection: close",)):
+            chunked = head(0, "Transfer-Encoding: chunked", *lines).replace(b"Content-Length: 0\r\n", b"")
+            body = b"%x\r\n%b\r\n0\r\n" % (len(png()), png())
+            with connect(url) as connection:
+                connection.sendall(chunked + body + b"Content-Encoding: gzip\r\nX-Request-Timeout: none\r\n\r\n")
+                assert received(connection, 1).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_is_not_read_any_further_while_too_much_of_it_waits() -> None:
+    happened: list[str] = []
+
+    async def upload() -> None:
+        flow = SimpleNamespace(
+            pause_reading=lambda: happened.append("pause"), resume_reading=lambda: happened.append("resume")
+        )
+        service = SimpleNamespace(settings=Settings(), metrics=Metrics())
+        loop = asyncio.get_running_loop()
+        http = SimpleNamespace(headers=[], client=None, service=service, loop=loop, tasks=set(), flow=flow)
+        exchange = direct.DirectExchange(http, b"")  # type: ignore[arg-type]
+        exchange._task.cancel()
+        for _ in range(MOST_UNREAD // 1024):
+            exchange.take(bytes(1024))
+        assert happened == []
+        exchange.take(b"x")
+        assert happened == ["pause"]
+        assert await exchange.chunk(time.monotonic() + 1) == bytes(MOST_UNREAD) + b"x"
+        assert happened == ["pause", "resume"]
+
+    asyncio.run(upload())
+
+
 def test_requests_that_do_not_wait_for_answers_are_answered_in_their_order(listen: Listen, png: Png) -> None:
     with listen() as (url, directly), connect(url) as connection:
         one, other = png(0), png(142)
@@ -200,8 +268,15 @@ def test_head_is_answered_as_get_without_a_body(listen: Listen, path: str, statu
 
 @pytest.mark.parametrize(
     "junk",
-    [b"\x16\x03\x01\x02\x00\x01\x00", b"FOO / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"\x00"],
-    ids=["TLS", "method", "header", "zero"],
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"FOO / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"\x00",
+        b"GET http://x:99999/livez HTTP/1.1\r\n\r\n",
+        b"CONNECT host:443 HTTP/1.1\r\nHost: host:443\r\n\r\n",
+    ],
+    ids=["TLS", "method", "header", "zero", "target", "proxy"],
 )
 def test_what_is_no_http_is_a_problem_that_is_counted(listen: Listen, junk: bytes) -> None:
     with listen() as (url, _):
@@ -350,7 +425,7 @@ def test_nothing_is_kept_of_a_body_while_its_refusal_waits_for_a_client_that_rea
         exchange.take(b"x")
         await asyncio.sleep(0)
         exchange.take(b"x")
-        assert not exchange._chunks
+        assert not exchange._body
         exchange.leave()
         await asyncio.gather(*http.tasks, return_exceptions=True)
 
