@@ -263,7 +263,8 @@ def _bundle(arguments: argparse.Namespace) -> Bundle:
     except (WeightsError, OSError) as problem:
         sys.exit(f"build_engines: {problem}")
     if arguments.dry_run:
-        print(f"{arguments.bundle} would be made first, and then its engines")
+        note = f"{arguments.bundle} would be made first, and then its engines"
+        print(build_report.unmade(note) if arguments.json else note)
         sys.exit(0)
     from resnet_ensemble.export import to_onnx  # noqa: PLC0415  # torch: seconds, which a second run has no use for
 

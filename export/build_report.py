@@ -65,6 +65,19 @@ def as_json(bundle: Bundle, rows: Sequence[Row], chosen: dict[str, str], choice:
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
+def unmade(note: str) -> str:
+    """The same of a bundle that there is not yet. `note`: what would happen first."""
+    content: dict[str, object] = {
+        "bundle": None,
+        "chosen": {},
+        "choice": None,
+        "engines": {},
+        "without": {},
+        "note": note,
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
 def told(choice: Choice) -> str:
     """How good the engines are together that were chosen."""
     agreeing = round(choice.agreement * choice.images)

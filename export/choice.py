@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from resnet_ensemble.export import engines, gate, host
 from resnet_ensemble.export.bundle import Member
-from resnet_ensemble.export.engine_store import Choice, EngineStore, Record
+from resnet_ensemble.export.engine_store import Choice, EngineStore, Record, graphs
 from resnet_ensemble.export.engines import Engine, EngineLoadError, EngineRunError
 from resnet_ensemble.export.gate import Pictures
 from resnet_ensemble.training.views import make_views
@@ -60,6 +60,7 @@ def choose(store: EngineStore, pictures: Mapping[str, Pictures], *, given: bool)
         refused += 1
     chosen = {member.name: one.sha256 for member, one in zip(members, combination, strict=True) if one}
     choice = Choice(
+        members=graphs(store.bundle),
         engines=chosen,
         among=among,
         pictures=seen,

@@ -14,6 +14,7 @@ No torch here: whether a bundle is made of just that already is told without it.
 """
 
 import hashlib
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from resnet_ensemble.export.bundle import Bundle, BundleError, Name, Protocol
+from resnet_ensemble.export.bundle import MANIFEST, Bundle, BundleError, Name, Protocol
+from resnet_ensemble.training.files import read_regular
 
 FOLDER = Path(__file__).parent / "ensembles"
 
@@ -86,12 +88,24 @@ def check_replaceable(path: Path, chosen: Declared) -> None:
     """Raise WeightsError if the bundle that is there is made of anything else: nobody said that it may go."""
     try:
         bundle = Bundle.open(path)
-    except BundleError:
+    except BundleError as problem:
+        if (path / MANIFEST).exists() and _made_of(path) != chosen.identity():
+            raise WeightsError(
+                f"{path} holds a bundle that can't be used ({problem}); give another folder, or remove it"
+            ) from None
         return
     if bundle.manifest.provenance.get("weights") != chosen.identity():
         raise WeightsError(
             f"{path} holds {bundle.identity}, which is not made of these weights; give another folder, or remove it"
         )
+
+
+def _made_of(path: Path) -> object:
+    """What the manifest of a damaged bundle says that it is made of, if that can be told."""
+    try:
+        return json.loads(read_regular(path / MANIFEST))["provenance"]["weights"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def load(name: str) -> Declared:

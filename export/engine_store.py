@@ -92,6 +92,7 @@ class Record:
 class Choice:
     """Engines that were found to be FP32's ensemble together (choice.py). Errors in %, None without labels."""
 
+    members: tuple[str, ...]  # SHA-256 of the graphs; in any other ensemble they were not found to be anything
     engines: dict[str, str]  # SHA-256 by member; one that is missing gets FP32, compiled when a server starts
     among: str  # a hash of what was chosen from
     pictures: str  # a hash of what was compared on
@@ -101,6 +102,11 @@ class Choice:
     error: float | None
     reference_error: float | None
     refused: int  # combinations that would have been faster
+
+
+def graphs(bundle: Bundle) -> tuple[str, ...]:
+    """The SHA-256 of each member's graph."""
+    return tuple(member.sha256 for member in bundle.manifest.members)
 
 
 @dataclass(frozen=True)
@@ -221,6 +227,8 @@ class EngineStore:
         """Everything in the report, valid or not."""
         if self._records is None:
             self._records, self._choice = self._report()
+            if self._choice and self._choice.members != graphs(self.bundle):
+                self._choice = None
         return self._records
 
     def _report(self) -> tuple[dict[str, Record], Choice | None]:

@@ -14,6 +14,7 @@ classes. Without projections a network has option A's shortcuts, unless it is de
 
 import argparse
 import hashlib
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -291,20 +292,25 @@ def _state(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} holds no state dict; save model.state_dict()")
-    return {PREFIXES.sub("", str(name)): tensor for name, tensor in state.items()}
+    plain = {PREFIXES.sub("", str(name)): tensor for name, tensor in state.items()}
+    if len(plain) < len(state):
+        raise WeightsError(
+            f"{path} holds several networks, whose names differ only in what stands before them (model., module., "
+            "_orig_mod.); save the state_dict() of one"
+        )
+    return plain
 
 
 def _tensors(path: Path) -> Any:
     """What a file holds: tensors, containers of them, and the options that training scripts keep. Nothing is run."""
+    content = path.read_bytes()  # here, since PyTorch raises OSError for damaged files, too
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return safetensors.torch.load(content)
         with torch.serialization.safe_globals(
             [argparse.Namespace]
         ):  # has only attributes; torchvision's scripts save it
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001  # a damaged file makes PyTorch raise almost anything
         other = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it has {other[1]}, too" if other else _first_line(error)

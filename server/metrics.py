@@ -25,7 +25,12 @@ class Metrics:
             "resnet_requests", "Answered requests", ["method", "route", "status"], registry=registry
         )
         self.errors = Counter("resnet_errors", "Problems answered, by code", ["code"], registry=registry)
-        self.images = Counter("resnet_images", "Images answered with a prediction", ["protocol"], registry=registry)
+        self.images = Counter(
+            "resnet_images",
+            "Images with a prediction, answered unless their client has left",
+            ["protocol"],
+            registry=registry,
+        )
         self.rejected = Counter(
             "resnet_rejected",
             "Requests not taken: `wait` and `deadline` for a predicted wait above the server's limit or the request's "
@@ -46,11 +51,11 @@ class Metrics:
             "resnet_image_views", "Views evaluated for an image, over all members", buckets=_COUNTS, registry=registry
         )
         self.views_planned = Counter("resnet_views_planned", "Views in the plans of answered images", registry=registry)
-        self.views_used = Counter("resnet_views_used", "Views run for answered images", registry=registry)
+        self.views_used = Counter("resnet_views_used", "Views run for images with a prediction", registry=registry)
         self.views_saved = Counter("resnet_views_saved", "Views that no answered image needed", registry=registry)
         self.stops = Counter(
             "resnet_stops",
-            "Answered images by stop rule, and whether it stopped `early` or at the `end` of the plan",
+            "Images with a prediction by stop rule, and whether it stopped `early` or at the `end` of the plan",
             ["rule", "at"],
             registry=registry,
         )

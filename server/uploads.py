@@ -166,7 +166,9 @@ class _Form:
 
 
 def _is_file(part: multipart.MultipartSegment) -> bool:
-    return part.filename is not None or not (part.content_type or "text/plain").startswith("text/")
+    # Some write only filename*, which RFC 7578 forbids and the parser does not read, where a name is not ASCII.
+    named = part.filename is not None or "filename*=" in (part.header("Content-Disposition") or "").lower()
+    return named or not (part.content_type or "text/plain").startswith("text/")
 
 
 def _text(header: str | None) -> str:

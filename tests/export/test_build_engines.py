@@ -241,8 +241,29 @@ def test_with_weights_the_bundle_is_made_first_and_only_once(
     assert (manifest.labels, [member.name for member in manifest.members]) == (("red", "green", "blue"), ["resnet8"])
     assert first.stdout.count(", built") == second.stdout.count(", reused") == 2, first.stderr
     assert (tmp_path / "made" / "bundle.json").stat().st_mtime_ns == written
-    assert (dry.returncode, dry.stdout) == (0, f"{tmp_path / 'other'} would be made first, and then its engines\n")
+    note = f"{tmp_path / 'other'} would be made first, and then its engines"
+    assert (dry.returncode, dry.stdout) == (0, f"{note}\n")
+    as_json = json.loads(build_here(root, tmp_path / "other", *options, "--dry-run", "--json").stdout)
+    assert as_json == {"bundle": None, "chosen": {}, "choice": None, "engines": {}, "without": {}, "note": note}
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("label", ["größer", 7], ids=["of other weights", "of no known shape"])
+def test_a_bundle_that_can_t_be_used_is_left_alone_if_it_is_not_of_the_weights(
+    root: Path, bundle: Path, tmp_path: Path, label: object
+) -> None:
+    """A label that was corrected by hand breaks the seal; the networks are still somebody's."""
+    torch.save(cifar(8).state_dict(), tmp_path / "mine.pth")
+    edited = json.loads((bundle / "bundle.json").read_text())
+    edited["labels"][0] = label
+    (bundle / "bundle.json").write_text(json.dumps(edited))
+    before = sorted(bundle.rglob("*"))
+
+    result = build_here(root, bundle, "--weights", tmp_path / "mine.pth")
+
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"{bundle} holds a bundle that can't be used (" in result.stderr
+    assert sorted(bundle.rglob("*")) == before
 
 
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])

@@ -289,6 +289,24 @@ def test_with_a_choice_a_damaged_file_gives_way_to_fp32_and_not_to_what_was_not_
     assert chosen(store) == ["int8", "fp32"]
 
 
+@pytest.mark.parametrize("left", [(0,), (1,), (1, 0)], ids=["the first", "the second", "another order"])
+def test_a_choice_for_another_ensemble_is_none(
+    store: EngineStore, pictures: dict[str, Pictures], left: tuple[int, ...]
+) -> None:
+    """Or what was built for a bundle that has followed in the same folder would never be used."""
+    for member, slow in enumerate((SLOW, 2 * SLOW)):
+        add(store, member, "int8", FAST, [1, 2, 3])
+        add(store, member, "fp32", slow, [])
+    choose(store, pictures, given=True)
+    manifest = store.bundle.manifest
+    members = tuple(manifest.members[place] for place in left)
+    other = EngineStore(Bundle(store.bundle.path, manifest.model_copy(update={"members": members})))
+
+    assert other.choice() is None
+    best = [other.best(member) for member in members]
+    assert [found and found.record.precision for found in best] == ["int8"] * len(left)
+
+
 def test_a_report_with_a_choice_that_is_none_is_not_used(
     store: EngineStore, pictures: dict[str, Pictures], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -251,6 +251,25 @@ def test_what_is_no_resnet_is_refused(
     assert "executed" not in capsys.readouterr().out
 
 
+def test_a_file_that_is_cut_off_is_named_wherever_it_is_cut(tmp_path: Path) -> None:
+    torch.save(cifar(8).state_dict(), tmp_path / "x.pth")
+    whole = (tmp_path / "x.pth").read_bytes()
+    for size in range(100, len(whole), 997):
+        (tmp_path / "x.pth").write_bytes(whole[:size])
+        with pytest.raises(WeightsError, match=r"x\.pth is no state dict of tensors alone"):
+            weights.read(str(tmp_path / "x.pth"))
+
+
+def test_two_networks_in_one_file_are_refused(tmp_path: Path) -> None:
+    """Such as a network and its average: it must not be chance which one is served."""
+    state = cifar(8).state_dict()
+    both = {f"{start}{name}": tensor for start in ("model.", "model.module.") for name, tensor in state.items()}
+    torch.save({"state_dict": both}, tmp_path / "x.pth")
+
+    with pytest.raises(WeightsError, match="holds several networks"):
+        weights.read(str(tmp_path / "x.pth"))
+
+
 @pytest.mark.parametrize("content", [b"not weights at all", b"", b"\x80\x02}q\x00."], ids=["text", "empty", "a pickle"])
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_a_file_of_junk_is_refused(tmp_path: Path, name: str, content: bytes) -> None:

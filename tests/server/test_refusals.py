@@ -146,6 +146,16 @@ def test_a_charset_that_nothing_is_written_in_makes_no_difference(client: TestCl
     assert_problem(client.post("/predict", content=content, headers=header), "missing_image")
 
 
+def test_a_part_whose_only_name_is_no_ascii_is_a_file(client: TestClient, png: Png) -> None:
+    """Older clients write it as RFC 5987 has it, which RFC 7578 forbids."""
+    part = b"--x\r\nContent-Disposition: form-data; name=image; filename*=UTF-8''gr%C3%B6%C3%9Fe.png\r\n\r\n" + png()
+    response = client.post(
+        "/predict", content=part + b"\r\n--x--\r\n", headers={"Content-Type": "multipart/form-data; boundary=x"}
+    )
+
+    assert response.status_code == 200, response.text
+
+
 def test_a_file_name_is_answered_as_it_was_sent_and_odd_bytes_in_it_are_no_reason_to_refuse(
     client: TestClient, png: Png
 ) -> None:
