@@ -21,7 +21,7 @@ def cores() -> int:
     Python and ONNX Runtime count the machine's cores, which in a container are not ours.
     """
     affinity = len(_cpus()) or os.cpu_count() or 1
-    return max(1, min(affinity, _quota(Path("/sys/fs/cgroup")) or affinity))
+    return max(1, min(affinity, _quota(Path("/sys/fs/cgroup"), _groups()) or affinity))
 
 
 def keep_to_core(number: int) -> None:
@@ -96,13 +96,37 @@ def _cpus() -> list[int]:
     return sorted(os.sched_getaffinity(os.getpid())) if hasattr(os, "sched_getaffinity") else []
 
 
-def _quota(cgroup: Path) -> int | None:
-    """Cores of a cgroup, None without a limit: "200000 100000" in `cpu.max` is two. Version 1 has two files."""
-    files = [cgroup / "cpu.max"]
+def _groups() -> str:
+    try:
+        return Path("/proc/self/cgroup").read_text()
+    except OSError:  # no cgroups here
+        return ""
+
+
+def _quota(mount: Path, groups: str) -> int | None:
+    """Cores that a process in these cgroups may use: the lowest quota of its own and those around; None without one.
+
+    - groups: as /proc/self/cgroup has them: "0::/system.slice/x.service", and of version 1 a line a controller. In a
+      container it is mostly the root of what is mounted
+    """
+    found = [_limit(mount), _limit(mount / "cpu")]
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", maxsplit=2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = mount / "cpu" if controllers else mount
+        inner = Path(path.lstrip("/"))
+        found += [_limit(root / group) for group in (inner, *inner.parents)]
+    return min((limit for limit in found if limit), default=None)
+
+
+def _limit(group: Path) -> int | None:
+    """Of one: "200000 100000" in `cpu.max` is two cores. Version 1 has two files."""
+    files = [group / "cpu.max"]
     if not files[0].exists():
-        files = [cgroup / "cpu" / "cpu.cfs_quota_us", cgroup / "cpu" / "cpu.cfs_period_us"]
+        files = [group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us"]
     try:
         quota, period = " ".join(file.read_text() for file in files).split()
-    except (OSError, ValueError):  # no cgroups here
+    except (OSError, ValueError):
         return None
     return None if quota in ("max", "-1") else math.ceil(int(quota) / int(period))

@@ -15,7 +15,7 @@ from resnet_ensemble.export import host
 def test_a_cgroup_quota_is_rounded_up_to_cores(tmp_path: Path, content: str, cores: int | None) -> None:
     (tmp_path / "cpu.max").write_text(content + "\n")
 
-    assert host._quota(tmp_path) == cores
+    assert host._quota(tmp_path, "0::/") == cores
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("-1", None), ("200000", 2), ("150000", 2), ("50000", 1)])
@@ -24,15 +24,38 @@ def test_so_is_one_of_a_cgroup_of_version_1(tmp_path: Path, quota: str, cores: i
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota + "\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
 
-    assert host._quota(tmp_path) == cores
+    assert host._quota(tmp_path, "0::/") == cores
+
+
+def test_the_lowest_quota_of_a_process_s_group_and_those_around_it_counts(tmp_path: Path) -> None:
+    service = tmp_path / "system.slice" / "x.service"
+    service.mkdir(parents=True)
+    groups = "0::/system.slice/x.service\n"
+    assert host._quota(tmp_path, groups) is None  # the root has no such file
+
+    (service / "cpu.max").write_text("400000 100000\n")
+    assert host._quota(tmp_path, groups) == 4
+    (service.parent / "cpu.max").write_text("200000 100000\n")
+    assert host._quota(tmp_path, groups) == 2
+    assert host._quota(tmp_path, "0::/another\n") is None
+
+
+def test_in_version_1_it_is_that_of_the_controller_of_cpus(tmp_path: Path) -> None:
+    for controller, quota in (("cpu", "300000"), ("memory", "100000")):
+        group = tmp_path / controller / "x.service"
+        group.mkdir(parents=True)
+        (group / "cpu.cfs_quota_us").write_text(quota)
+        (group / "cpu.cfs_period_us").write_text("100000")
+
+    assert host._quota(tmp_path, "9:name=systemd:/\n4:memory:/x.service\n1:cpu,cpuacct:/x.service\n0::/\n") == 3
 
 
 def test_without_a_cgroup_there_is_no_quota(tmp_path: Path) -> None:
-    assert host._quota(tmp_path) is None
+    assert host._quota(tmp_path, "0::/") is None
 
 
 def test_cores_respect_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_quota", lambda _: 1)
+    monkeypatch.setattr(host, "_quota", lambda *_: 1)
 
     assert host.cores() == 1
 
@@ -48,7 +71,7 @@ def test_cores_are_at_most_those_of_the_affinity() -> None:
 def test_a_thread_keeps_to_one_core_without_a_quota(
     monkeypatch: pytest.MonkeyPatch, number: int, quota: int | None
 ) -> None:
-    monkeypatch.setattr(host, "_quota", lambda _: quota)
+    monkeypatch.setattr(host, "_quota", lambda *_: quota)
     ours, cores, found = os.sched_getaffinity(0), host.cores(), []
 
     def look() -> None:
@@ -81,10 +104,10 @@ def test_a_thread_is_on_one_cpu_for_a_while() -> None:
 
 def test_under_a_quota_no_cpu_is_ours_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_cpus", lambda: [4, 6, 7])
-    monkeypatch.setattr(host, "_quota", lambda _: None)
+    monkeypatch.setattr(host, "_quota", lambda *_: None)
     assert host.keepable() == [4, 6, 7]
 
-    monkeypatch.setattr(host, "_quota", lambda _: 2)
+    monkeypatch.setattr(host, "_quota", lambda *_: 2)
     assert host.keepable() == []
 
 
