@@ -89,6 +89,7 @@ class LimitedHttp(HttpToolsProtocol):
     _in_head = False
     _before_body = True  # also between two requests
     _timer: asyncio.TimerHandle | None = None
+    _broken: ApiError | None = None  # what is wrong with a request that those before it are answered before
 
     def __init__(self, metrics: Metrics, **given: Any) -> None:
         super().__init__(**given)
@@ -168,6 +169,10 @@ class LimitedHttp(HttpToolsProtocol):
         if not answered and self._before_body:
             self.cycle.keep_alive = False
             self.flow.pause_reading()
+        elif not answered and self.pipeline:
+            self.pipeline.popleft()
+            self._broken = error
+            self.flow.pause_reading()
         elif not answered:
             self.spoil(error)
         else:
@@ -176,6 +181,14 @@ class LimitedHttp(HttpToolsProtocol):
                 self._tell(error)
             self._before_body = False  # what else comes is not wanted, either
             self.transport.close()
+
+    def on_response_complete(self) -> None:
+        if self._broken and not self.pipeline and not self.transport.is_closing():
+            self._metrics.count("unknown", UNMATCHED, self._broken.kind.status)
+            self._tell(self._broken)
+            self.transport.close()
+            return
+        super().on_response_complete()
 
     def spoil(self, error: ApiError) -> None:
         """The body of the request that is in progress can't be read any further."""

@@ -240,6 +240,24 @@ def test_what_is_no_http_does_not_take_the_answer_of_the_request_before(listen: 
         assert directly == [200]
 
 
+def test_a_broken_body_does_not_take_the_answer_of_the_request_before(listen: Listen, png: Png) -> None:
+    gate = Gate()
+    chunked = head(0, "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
+    with listen(gate) as (url, directly), connect(url) as connection, ThreadPoolExecutor(1) as pool:
+        both = head(len(png())) + png() + chunked + b"no length\r\n"
+        gate.hold(lambda: pool.submit(connection.sendall, both))
+        time.sleep(0.1)
+        gate.open.set()
+
+        data = b"".join(iter(lambda: connection.recv(2**16), b""))
+        assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"200", b"400"]
+        assert directly == [200]
+        assert (
+            'resnet_requests_total{method="POST",route="/predict",status="499"}'
+            not in httpx2.get(f"{url}/metrics").text
+        )
+
+
 def last_answer(connection: socket.socket) -> httpx2.Response:
     """What comes until the end of the connection: one answer."""
     data = b""
