@@ -225,8 +225,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
+async def _on_disconnect(request: Request, _error: Exception) -> Response:
+    """Nobody reads this; what its connection may have told before is counted (protocol.py)."""
+    return Response(status_code=getattr(request.state, "told", CLIENT_CLOSED_REQUEST))
 
 
 async def _on_exception(request: Request, _error: Exception) -> Response:

@@ -192,6 +192,7 @@ class LimitedHttp(HttpToolsProtocol):
 
     def spoil(self, error: ApiError) -> None:
         """The body of the request that is in progress can't be read any further."""
+        self.scope["state"]["told"] = error.kind.status
         self._tell(error)
         self.transport.close()
 
