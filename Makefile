@@ -8,7 +8,7 @@
 #   make types-tensorrt   the TensorRT files against the real bindings of TensorRT 11.4; needs a C compiler, no GPU
 #   make constraints      write the versions that are installed in .venv into constraints.txt
 #   make clean            remove the environments and what was built
-PORT ?= 8000
+PORT ?= $(or $(RESNET_PORT),8000)
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -58,24 +58,24 @@ constraints: $(DEV)/installed
 	$(DEV)/bin/python -m pip freeze --exclude-editable | grep -viE '^(nvidia|cuda-toolkit|triton=)' > constraints.txt
 
 $(SERVE)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(SERVE)
+	$(PYTHON) -m venv --clear $(SERVE)
 	$(SERVE)/bin/python $(PIP) --editable '.[server,cpu,openvino]'
 	touch $@
 
 $(DEV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(DEV)
+	$(PYTHON) -m venv --clear $(DEV)
 	$(DEV)/bin/python $(PIP) --editable '.[server,cpu,openvino,train,export,batch,dev]'
 	touch $@
 
 # TensorRT and ONNX Runtime for GPUs, some GB. Apart, since the two packages of ONNX Runtime write the same files.
 $(GPU)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(GPU)
+	$(PYTHON) -m venv --clear $(GPU)
 	$(GPU)/bin/python $(PIP) --editable '.[server,gpu,tensorrt]'
 	touch $@
 
 # The servers that ours is measured beside, in an environment of their own.
 $(PEERS)/installed: benchmarks/peers/requirements.txt pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(PEERS)
+	$(PYTHON) -m venv --clear $(PEERS)
 	$(PEERS)/bin/python $(PIP) --requirement benchmarks/peers/requirements.txt
 	$(PEERS)/bin/python $(PIP) --no-deps --editable .
 	touch $@

@@ -6,7 +6,6 @@ Anything else is built again, and a server that finds nothing better runs FP32, 
 log what was wrong with the stored one.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -134,6 +133,8 @@ class EngineStore:
     @contextmanager
     def building(self) -> Iterator[None]:
         """Only one process builds at a time; a second one waits, and then finds what the first has built."""
+        import fcntl  # noqa: PLC0415  # which Windows lacks, where a server can run
+
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             try:

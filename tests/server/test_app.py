@@ -131,6 +131,20 @@ def test_metrics_count_what_happened(client: TestClient, png: Png) -> None:
     assert any(name.startswith("resnet_batch_views_count") for name in samples)
 
 
+def test_metrics_count_what_stopping_early_saves(client: TestClient, png: Png) -> None:
+    answer = client.post("/predict?stop=exact", content=png(), headers=RAW).json()
+    assert 0 < answer["views_used"] < answer["views_planned"] == 20
+
+    def sample(name: str) -> float:
+        (line,) = [line for line in client.get("/metrics").text.splitlines() if line.startswith(f"{name} ")]
+        return float(line.rsplit(" ", 1)[1])
+
+    assert sample("resnet_views_planned_total") == 20
+    assert sample("resnet_views_used_total") == answer["views_used"]
+    assert sample("resnet_views_saved_total") == 20 - answer["views_used"]
+    assert sample('resnet_stops_total{at="early",rule="exact"}') == 1
+
+
 def test_the_documentation_needs_no_other_server(client: TestClient) -> None:
     page = client.get("/docs").text
 

@@ -169,6 +169,18 @@ def test_another_protocol_that_a_head_in_pieces_offers_is_overlooked(listen: Lis
     assert set(directly) == {200}
 
 
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/cifar10/infer"])
+def test_what_would_wait_too_long_is_refused_before_its_body_is_there(listen: Listen, png: Png, path: str) -> None:
+    gate = Gate(seconds_per_view=0.005)
+    with listen(gate, streams=1, max_wait_seconds=0.02) as (url, _), ThreadPoolExecutor(1) as pool:
+        first = gate.hold(lambda: pool.submit(httpx2.post, f"{url}/predict", files=[("image", png())] * 5, timeout=30))
+        with connect(url) as connection:
+            connection.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n".encode())
+            assert connection.recv(2**16).startswith(b"HTTP/1.1 503")
+        gate.open.set()
+        assert first.result().status_code == 200
+
+
 def test_a_length_may_begin_with_as_many_zeros_as_a_head_holds(listen: Listen, png: Png) -> None:
     padded = head(len(png())).replace(b"Content-Length: ", b"Content-Length: " + b"0" * 5000)
     with listen() as (url, _):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.server.test_process import process, wait_until_ready
+from tests.server.test_process import metric, process, wait_until_ready
 
 KEY = "0123456789abcdef"
 
@@ -25,4 +25,8 @@ def test_schemathesis_finds_no_failure(root: Path, tmp_path: Path) -> None:
 
         assert found.returncode == 0, found.stdout + found.stderr
         assert "18 selected / 18 total" in found.stdout  # the admin's and the Open Inference Protocol's among them
+        of_version = (
+            "/v2/models/{name}/versions/{version}/infer"  # of which schemathesis.toml names the one that is there
+        )
+        assert metric(url, f'resnet_requests_total{{method="POST",route="{of_version}",status="200"}}') > 0
         assert running.poll() is None
