@@ -1,5 +1,6 @@
 """The scheduler's decisions, one by one."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from resnet_ensemble.server.plan import cheapest_first
 from resnet_ensemble.server.stopping import RULES
 
 CLASSES = 10
-FULL, EXACT = RULES["full"], RULES["exact"]
+FULL, RULES["exact"] = RULES["full"], RULES["exact"]
 SOUND, BAD, DEADLY = 0, 1, 2
 # Two members, of which the second costs twice the first: 30 s for an image.
 PLAN = cheapest_first("10crop", [[1.0], [2.0]], [10])
@@ -95,7 +96,7 @@ def test_a_full_image_runs_its_whole_plan_the_cheap_member_first() -> None:
 
 def test_an_exact_image_runs_only_what_it_needs() -> None:
     found = dispatcher()
-    job = add(found, 3, rule=EXACT)
+    job = add(found, 3, rule=RULES["exact"])
 
     assert run_all(found) == [(0, 10), (1, 1)]
     assert job.views.tolist() == [10, 1]
@@ -104,7 +105,7 @@ def test_an_exact_image_runs_only_what_it_needs() -> None:
 
 def test_an_unsure_image_is_asked_for_more_and_packed_with_others() -> None:
     found = dispatcher(batch_pixels=[10, 32])
-    unsure, sure = add(found, 3, rule=EXACT, sureness=200), add(found, 4, rule=EXACT)
+    unsure, sure = add(found, 3, rule=RULES["exact"], sureness=200), add(found, 4, rule=RULES["exact"])
 
     ran = run_all(found)
 
@@ -339,10 +340,10 @@ def test_an_idle_server_takes_a_request_of_any_size() -> None:
 def test_a_stop_rule_that_saves_work_lets_more_images_in() -> None:
     found = dispatcher()
     for _ in range(100):
-        add(found, 1, rule=EXACT)
+        add(found, 1, rule=RULES["exact"])
         run_all(found)
     before = found.predicted_wait()
-    found.admit(0.0, 1e6, PLAN, EXACT, 1)
+    found.admit(0.0, 1e6, PLAN, RULES["exact"], 1)
 
     assert before == 0
     assert found.predicted_wait() == pytest.approx(12, rel=0.01)  # 10 cheap views and one of the other
@@ -369,3 +370,69 @@ def test_predicted_wait_follows_the_measured_pace() -> None:
     found.admit(0.0, 1e6, PLAN, FULL, 1)
 
     assert found.predicted_wait() == pytest.approx(90, rel=0.05)
+
+
+def test_the_pace_is_that_of_the_time_in_which_something_was_to_be_done() -> None:
+    """Hours without a request, or with an engine that is opened anew, are no sign of slowness."""
+
+    def done(found: Dispatcher, now: float) -> float:
+        batch = next_batch(found, now)
+        found.done(batch, answers(batch), now + batch.seconds)
+        return now + batch.seconds
+
+    found = dispatcher(max_wait=1000.0, batch_pixels=[10, 10])
+    for brightness in range(5):
+        add(found, brightness)
+    run_all(found)
+    now = 36_000.0
+    for brightness in range(5):
+        add(found, brightness, now=now)
+    now = done(found, now)
+    first = found.predicted_wait()
+
+    found.pause(0)
+    found.pause(1)
+    now += 500
+    found.resume(0, now)
+    found.resume(1, now)
+    done(found, now)
+
+    assert first == pytest.approx(140)
+    assert found.predicted_wait() < first
+
+
+def test_what_is_decoded_is_not_waited_for_any_more() -> None:
+    found = dispatcher(max_wait=1e9)
+    in_line(found, 1)
+    known = found.next(0.0)
+    assert isinstance(known, Decoding)
+    found.decoded(5.0, known.job, known.work(), 5.0)
+    run_all(found)
+    for brightness in range(3):
+        in_line(found, brightness)
+
+    waits = [found.predicted_wait()]
+    for _ in range(3):
+        decoding = found.next(10.0, run=False)
+        assert isinstance(decoding, Decoding)
+        found.decoded(10.0, decoding.job, decoding.work(), 5.0)
+        waits.append(found.predicted_wait())
+
+    assert [before - after for before, after in pairwise(waits)] == pytest.approx([5.0] * 3)
+
+
+def test_an_image_that_needs_more_views_than_others_is_expected_to_need_them() -> None:
+    found = dispatcher(max_wait=1e9)
+    for brightness in range(30):
+        add(found, brightness % 10, rule=RULES["exact"])
+    run_all(found)
+    add(found, 3, rule=RULES["exact"], sureness=140)
+
+    now, waits = 0.0, []
+    while isinstance(batch := found.next(now), Batch):
+        now += batch.seconds
+        found.done(batch, answers(batch), now)
+        waits.append(found.predicted_wait())
+
+    assert all(waits[:-1])
+    assert waits[-1] == 0
