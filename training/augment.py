@@ -58,7 +58,7 @@ def area_crop(crop: int) -> v2.Transform:
 @functools.cache
 def scale_crop(crop: int, lowest: int, highest: int) -> v2.Transform:
     """The paper's, after VGG: the shorter side between `lowest` and `highest`, then a random crop or its mirror."""
-    resize = v2.RandomShortestSize(list(range(lowest, highest + 1)), antialias=True)
+    resize = v2.RandomResize(lowest, highest + 1, antialias=True)  # RandomShortestSize may be a pixel short
     return v2.Compose([resize, v2.RandomCrop(crop), v2.RandomHorizontalFlip()])
 
 

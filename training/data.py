@@ -7,13 +7,12 @@ memory; a tree of folders is decoded and augmented by worker processes.
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchcodec.decoders import decode_jpeg  # type: ignore[attr-defined]  # its __init__ has no __all__
@@ -21,12 +20,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from resnet_ensemble.training import augment, cifar
 from resnet_ensemble.training.cifar import DataError
-from resnet_ensemble.training.pixels import MAX_ASPECT_RATIO, is_extreme
+from resnet_ensemble.training.pixels import MAX_ASPECT_RATIO, SUFFIXES, PixelsUnsupported, is_extreme, to_rgb
 from resnet_ensemble.training.processes import Group
 from resnet_ensemble.training.recipes import Recipe
 from resnet_ensemble.training.views import make_views, mean_colour
 
 EVALUATION_BATCH = 500
+_EXTENSIONS = tuple(sorted({*IMG_EXTENSIONS, *SUFFIXES}))  # what the server reads, and torchvision
 # The mean image is that of so many training pictures, of all if there are fewer.
 MEAN_IMAGES = 10_000
 
@@ -195,7 +195,7 @@ class Folders:
         _, validation = scan_folders(root, "val", self.labels)
         self._training = TrainingFiles(training, recipe)
         self.train_images = len(self._training.files)
-        names = [path.removeprefix(str(root)) for path, _ in (*self._training.files, *validation)]
+        names = [f"/{Path(path).relative_to(root).as_posix()}" for path, _ in (*self._training.files, *validation)]
         self.fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
         mine = TrainingFiles(validation[group.rank :: group.world], recipe)
         gpu = group.device.type == "cuda"
@@ -262,15 +262,14 @@ def _colours(recipe: Recipe, size: int, generator: torch.Generator) -> tuple[Ten
 
 
 def decode(path: str) -> Image.Image:
-    """The picture in a file, upright (EXIF orientation) as for the server, as RGB. Raises DataError, which names it."""
+    """The picture in a file as RGB, the same pixels as in the server. Raises DataError, which names it."""
     try:
         with Image.open(path) as image:
             _check_aspect(path, image.size)
-            upright: Image.Image = image
-            with suppress(Exception):  # damaged EXIF data around a sound picture: as it lies
-                upright = ImageOps.exif_transpose(image)
-            return upright.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow has all three for damaged files
+            image.load()
+            return to_rgb(image)
+    # Pillow has the first three for damaged files.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, PixelsUnsupported) as error:
         raise DataError(f"{path} can't be decoded ({error}); restore or remove it") from None
 
 
@@ -317,7 +316,7 @@ def scan_folders(
     if unknown := set(found) - set(labels):
         raise DataError(f"{folder} has classes that are not in train/: {', '.join(sorted(unknown)[:5])}")
     numbers = {label: i for i, label in enumerate(labels) if label in found}
-    files: list[tuple[str, int]] = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+    files: list[tuple[str, int]] = make_dataset(str(folder), numbers, extensions=_EXTENSIONS, allow_empty=True)
     if not files:
-        raise DataError(f"{folder} has no images ({', '.join(IMG_EXTENSIONS)})")
+        raise DataError(f"{folder} has no images ({', '.join(_EXTENSIONS)})")
     return labels, files

@@ -34,7 +34,7 @@ from resnet_ensemble.training.checkpoint import Checkpoint, CheckpointError
 from resnet_ensemble.training.cifar import DataError
 from resnet_ensemble.training.data import decode, scan_folders
 from resnet_ensemble.training.model import FullyConvolutional
-from resnet_ensemble.training.recipes import new_network
+from resnet_ensemble.training.recipes import Recipe, new_network
 from resnet_ensemble.training.views import (
     ALL_PROTOCOLS,
     DENSE_PROTOCOLS,
@@ -44,6 +44,7 @@ from resnet_ensemble.training.views import (
 )
 
 IMAGES_A_BATCH = 16  # 160 views of ten crops
+_IMAGENET_CLASSES = 1000
 Pictures = Sequence[str] | Sequence[NDArray[np.uint8]]  # paths, or uint8 (h, w, 3)
 
 
@@ -132,11 +133,11 @@ def evaluate(
     """One score a network and, with several, the ensemble's."""
     sums = [_sums(network, pictures, labels, protocol, workers) for network in networks]
     scores = [
-        _score(network.recipe.network, protocol, rows, labels, network.recipe.dataset)
+        _score(network.recipe.network, protocol, rows, labels, network.recipe)
         for network, rows in zip(networks, sums, strict=True)
     ]
     if len(networks) > 1:
-        scores.append(_score("ensemble", protocol, torch.stack(sums).sum(0), labels, ""))
+        scores.append(_score("ensemble", protocol, torch.stack(sums).sum(0), labels))
     return scores
 
 
@@ -163,10 +164,14 @@ def _by_shape(pictures: Iterator[list[NDArray[np.uint8]]]) -> Iterator[tuple[Ten
         yield torch.tensor([i for i, _ in group]), torch.from_numpy(np.stack([view for _, view in group]))
 
 
-def _score(network: str, protocol: str, sums: Tensor, labels: Sequence[int], dataset: str) -> Score:
+def _score(network: str, protocol: str, sums: Tensor, labels: Sequence[int], recipe: Recipe | None = None) -> Score:
+    """`recipe`: of a network, which the paper may have trained, too."""
     hits = sums.topk(min(5, sums.shape[1])).indices == torch.tensor(labels)[:, None]  # (images, 5)
     top1, top5 = 100 * float((~hits[:, 0]).double().mean()), 100 * float((~hits.any(1)).double().mean())
-    return Score(network, protocol, len(labels), top1, top5, paper.row(dataset, network, protocol))
+    published = None
+    if recipe and (recipe.dataset != "imagenet" or recipe.classes == _IMAGENET_CLASSES):  # that may be any folders
+        published = paper.row(recipe.dataset, network, protocol)
+    return Score(network, protocol, len(labels), top1, top5, published)
 
 
 def table(scores: Sequence[Score]) -> str:
@@ -201,6 +206,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that decode and cut (default: 0, here)")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # torch's default rounds the factors of convolutions to 10 bits
     try:
         networks = [Network(checkpoint.load(path), device) for path in arguments.checkpoints]
         pictures, labels = read(networks, arguments.data, arguments.split)

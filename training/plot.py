@@ -66,8 +66,9 @@ def draw(panels: Sequence[dict[str, Log]], highest_error: float | None = None) -
 
 
 def named(paths: Sequence[Path]) -> dict[str, Log]:
-    """Logs by the names that the legend shows: the run's folder, or the file's own name."""
-    return {path.parent.name if path.stem == "log" else path.stem: read(path) for path in paths}
+    """Logs by the names that the legend shows: the run's folder, or the file's own name; its path where two are one."""
+    names = [path.resolve().parent.name if path.stem == "log" else path.stem for path in paths]
+    return {name if names.count(name) == 1 else str(path): read(path) for name, path in zip(names, paths, strict=True)}
 
 
 def main() -> None:

@@ -100,5 +100,13 @@ def test_a_scale_crop_sees_a_shorter_side_from_lowest_to_highest(size: tuple[int
     assert 400 < max(shorter_sides) < 500
 
 
+def test_a_scale_crop_fits_into_the_smallest_picture_that_it_may_be_cut_from() -> None:
+    """Of a side of 103 pixels, torchvision's RandomShortestSize makes 31 where 32 are asked for."""
+    picture, transform = Image.new("RGB", (130, 103)), augment.scale_crop(32, 32, 34)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert transform(picture).size == (32, 32)
+
+
 def test_an_area_crop_is_a_square_of_the_asked_size() -> None:
     assert augment.area_crop(160)(Image.new("RGB", (500, 375))).size == (160, 160)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_ensemble.training import cifar
+from resnet_ensemble.training import cifar, pixels
 from resnet_ensemble.training.data import (
     Batch,
     Cifar,
@@ -171,6 +171,16 @@ def test_the_fingerprint_is_of_the_data(root: Path, tmp_path: Path) -> None:
     assert data_of(CIFAR, root).fingerprint != data_of(FOLDERS, root).fingerprint
 
 
+def test_the_fingerprint_does_not_depend_on_how_the_path_is_written(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absolute = data_of(FOLDERS, root).fingerprint
+    monkeypatch.chdir(root)
+
+    assert data_of(FOLDERS, Path()).fingerprint == absolute
+    assert data_of(FOLDERS, Path("..") / root.name).fingerprint == absolute
+
+
 def test_a_picture_that_is_no_jpeg_is_read_too(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     for name in ("a.png", "b.bmp", "c.JPEG"):  # ImageNet has a PNG that is called .JPEG
@@ -189,6 +199,26 @@ def test_a_cmyk_jpeg_has_pillow_s_colours(tmp_path: Path) -> None:
     np.testing.assert_allclose(fast.float(), np.asarray(decode(str(tmp_path / "c.jpg")), np.float32), atol=4)
 
 
+def test_what_is_no_jpeg_has_the_same_pixels_as_in_the_server(tmp_path: Path) -> None:
+    """More than 8 bits are scaled, and transparency is white: by Pillow's own conversion, all white and all hidden."""
+    ramp = np.arange(0, 64 * 1000, 1000, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "16.png")
+    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("F", (8, 8)).save(tmp_path / "float.tif")
+
+    for name in ("16.png", "clear.png"):
+        with Image.open(tmp_path / name) as image:
+            image.load()
+            served = np.asarray(pixels.to_rgb(image))
+        np.testing.assert_array_equal(_decode_fast(str(tmp_path / name)).permute(1, 2, 0), served)
+    assert len(np.unique(np.asarray(decode(str(tmp_path / "16.png"))))) == 64
+    assert np.asarray(decode(str(tmp_path / "clear.png"))).min() == 255
+    with pytest.raises(
+        DataError, match=r"float\.tif can't be decoded \(pixels of the type F have no agreed brightness"
+    ):
+        decode(str(tmp_path / "float.tif"))
+
+
 def test_a_picture_that_says_it_lies_on_its_side_is_set_upright_by_both_decoders(tmp_path: Path) -> None:
     orientation = Image.Exif()
     orientation[0x0112] = 6
@@ -198,6 +228,24 @@ def test_a_picture_that_says_it_lies_on_its_side_is_set_upright_by_both_decoders
 
     assert upright.shape == (60, 40, 3)
     np.testing.assert_allclose(_decode_fast(str(tmp_path / "phone.jpg")).permute(1, 2, 0), upright, atol=4)
+
+
+def test_a_picture_that_is_too_large_to_be_decoded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (30, 30)).save(tmp_path / "scan.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own is 89 million, and it refuses twice as many
+
+    with pytest.raises(DataError, match=r"scan\.png can't be decoded \(Image size"):
+        decode(str(tmp_path / "scan.png"))
+
+
+def test_pictures_are_known_by_the_names_that_the_server_knows(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, train=2, val=2)
+    before = scan_folders(root, "val")
+    (first, label), *_ = before[1]
+    Path(first).rename(Path(first).with_suffix(".jfif"))
+
+    assert len(scan_folders(root, "val")[1]) == len(before[1])
+    assert (str(Path(first).with_suffix(".jfif")), label) in scan_folders(root, "val")[1]
 
 
 def test_a_training_class_without_pictures_is_named(tmp_path: Path) -> None:
@@ -262,7 +310,7 @@ def test_a_missing_split_a_flat_one_and_an_empty_one_are_named(tmp_path: Path) -
     with pytest.raises(DataError, match="has no folders, one a class"):
         scan_folders(tmp_path, "train")
     (tmp_path / "train" / "cat").mkdir()
-    with pytest.raises(DataError, match=r"has no images \(\.jpg"):
+    with pytest.raises(DataError, match=r"has no images \(\.avif, \.bmp"):
         scan_folders(tmp_path, "train")
 
 

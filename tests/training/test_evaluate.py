@@ -130,6 +130,20 @@ def test_the_table_has_the_paper_s_row_beside_ours() -> None:
     ]
 
 
+@pytest.mark.parametrize(("classes", "compared"), [(1000, True), (3, False)])
+def test_the_paper_s_errors_stand_beside_those_of_its_own_classes_only(
+    classes: int, compared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any folders of pictures are read as ImageNet's are."""
+    network = of_folders(classes=classes)
+    monkeypatch.setattr(network, "recipe", replace(network.recipe, depth=34))
+    monkeypatch.setattr(evaluate, "_sums", lambda *_: torch.eye(classes, dtype=torch.float64)[:2])
+    (score,) = evaluate.evaluate([network], [], [0, 1], "10crop")
+
+    assert score.top1 == 0
+    assert (score.published is not None) == compared
+
+
 def test_the_command_prints_a_row_for_each_protocol_or_says_what_is_missing(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

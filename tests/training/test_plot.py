@@ -83,6 +83,17 @@ def test_a_run_s_log_is_named_after_its_folder(logs: list[Path], tmp_path: Path)
     assert list(plot.named([tmp_path / "plain20" / "log.csv", logs[0]])) == ["plain20", logs[0].stem]
 
 
+def test_runs_of_one_recipe_are_told_apart(logs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / out / "plain20" / "log.csv" for out in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(logs[0].read_bytes())
+
+    assert list(plot.named(paths)) == [str(path) for path in paths]
+    monkeypatch.chdir(paths[0].parent)
+    assert list(plot.named([Path("log.csv")])) == ["plain20"]
+
+
 def test_the_command_draws_what_the_function_does(logs: list[Path], root: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -121,10 +121,8 @@ def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_from_there(
     recipe: Recipe,
     folders: Path,
     whole: Callable[[Recipe], Checkpoint],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(train, "LOOK_EVERY", 1)
     original, calls = train.step, 0
     an_epoch = 24 // 8 if recipe is FOLDERS else 96 // 16
 
