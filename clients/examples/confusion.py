@@ -9,26 +9,37 @@ The cells (# %%) run one by one in an editor or in Jupyter, too.
 
 # %% What there is
 import argparse
+import sys
 from collections import Counter
 from pathlib import Path, PurePath
 from typing import Any
 
 import matplotlib as mpl
+import pyarrow as pa
 import pyarrow.dataset as ds
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-COLUMNS = ["path", "label", "probability", "entropy", "error_code"]
+# Said, because the first rows of JSON lines may have no error, or no prediction, for Arrow to tell the types from.
+COLUMNS = pa.schema(
+    {
+        "path": pa.string(),
+        "label": pa.string(),
+        "probability": pa.float64(),
+        "entropy": pa.float64(),
+        "error_code": pa.string(),
+    }
+)
 SHOWN = 12  # least certain pictures
 
 
 # %% Read: one file, or a folder of shards
 def read(path: Path) -> list[dict[str, Any]]:
     """Rows with a prediction."""
-    files = ds.dataset(path, format="json" if path.suffix == ".jsonl" else "parquet")
-    rows: list[dict[str, Any]] = files.to_table(columns=COLUMNS).to_pylist()
+    files = ds.dataset(path, schema=COLUMNS, format="json" if path.suffix == ".jsonl" else "parquet")
+    rows: list[dict[str, Any]] = files.to_table().to_pylist()
     return [row for row in rows if row["error_code"] is None]
 
 
@@ -82,6 +93,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("confusion.png"), help="default: %(default)s")
     arguments = parser.parse_args()
     rows = read(arguments.rows)
+    if not rows:
+        sys.exit(f"there are no predictions in {arguments.rows}")
     draw(rows, arguments.output)
     right = sum(PurePath(row["path"]).parent.name == row["label"] for row in rows)
     print(f"{right:,} of {len(rows):,} right; {arguments.output}")

@@ -1,11 +1,14 @@
 """The clients: the same names, the same answers; one blocks, the other is awaited."""
 
 import collections
+import copy
+import os
+import threading
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 import httpx2
 
@@ -20,6 +23,7 @@ Answer: TypeAlias = Prediction | ResnetError | OSError
 """What `classify_many` gives for an image: its prediction, or why there is none."""
 
 _T = TypeVar("_T")
+_Http = TypeVar("_Http", httpx2.Client, httpx2.AsyncClient)
 
 
 def _check(concurrency: int) -> None:
@@ -31,8 +35,48 @@ def _changed(options: Options, **given: Any) -> Options:
     return replace(options, **{name: value for name, value in given.items() if value is not None})
 
 
+class _Connections(Generic[_Http]):
+    """The connections of a client and of those that `with_options` makes of it: the caller's, or ours.
+
+    Ours are made anew in another place. A forked process has its parent's sockets, and each would read the other's
+    answers; and the sockets of an event loop end with it.
+    """
+
+    def __init__(self, given: _Http | None, make: Callable[[], _Http], place: Callable[[], object]) -> None:
+        self.ours = given is None
+        self._make: Callable[[], _Http] = make
+        self._place = place
+        # In one tuple, because threads change it; a lock could be held while the process is forked.
+        self._held: tuple[_Http, object] = (given or make(), None)  # None: not used yet
+
+    def here(self) -> _Http:
+        """Those of this place. What was closed stays closed."""
+        http, place = self._held
+        now = self._place() if self.ours else None
+        if place != now and not http.is_closed:
+            http = http if place is None else self._make()
+            self._held = (http, now)
+        return http
+
+
+def _blocking() -> httpx2.Client:
+    return httpx2.Client(timeout=DEFAULT_TIMEOUT)
+
+
+def _awaited() -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(timeout=DEFAULT_TIMEOUT)
+
+
+def _loop() -> object:
+    import asyncio  # noqa: PLC0415  # it takes long to import, and who has a Client needs none
+
+    return asyncio.get_running_loop()
+
+
 class Client:
     """Talks to one server over kept-alive connections. Thread-safe. Use it in a `with` block, or call `close`.
+
+    A process that was forked has connections of its own; those of an `http_client` it must not share.
 
     - url: where the server is; by default $RESNET_CLIENT_URL or http://localhost:8000
     - api_key: sent as a bearer token, for a gateway in front of the server; by default $RESNET_CLIENT_API_KEY or none
@@ -54,8 +98,9 @@ class Client:
         http_client: httpx2.Client | None = None,
     ) -> None:
         self._options = Options(url, api_key, timeout, max_retries, retry_seconds)
-        self._owns_http = http_client is None
-        self._http = http_client or httpx2.Client(timeout=DEFAULT_TIMEOUT)
+        self._connections = _Connections(http_client, _blocking, os.getpid)
+        self._closes = self._connections.ours
+        self._left: threading.Event | None = None  # when it is set, nobody waits for this client's answers any more
 
     def classify(
         self,
@@ -83,7 +128,7 @@ class Client:
             protocol=protocol,
             stop=stop,
             abstain_below=abstain_below,
-            seconds=self._options.seconds(self._http.timeout),
+            seconds=self._options.seconds(self._connections.here().timeout),
         )
         return self._run(conversation)
 
@@ -100,13 +145,16 @@ class Client:
         """Classify images, `concurrency` at a time, and give their answers in order. Options are those of `classify`.
 
         An image that fails gives its error as a value. `images` may be endless: it is read little by little, and
-        nothing is begun before the first answer is asked for.
+        nothing is begun before the first answer is asked for. Leaving early waits for the requests that are in flight,
+        and sends none again.
         """
         _check(concurrency)
+        client: Client = copy.copy(self)
+        client._left = threading.Event()
 
         def classify(image: Image) -> Answer:
             try:
-                return self.classify(image, top_k=top_k, protocol=protocol, stop=stop, abstain_below=abstain_below)
+                return client.classify(image, top_k=top_k, protocol=protocol, stop=stop, abstain_below=abstain_below)
             except (ResnetError, OSError) as error:
                 return error
 
@@ -120,6 +168,7 @@ class Client:
             while pending:
                 yield pending.popleft().result()
         finally:
+            client._left.set()
             pool.shutdown(cancel_futures=True)
 
     def info(self) -> Info:
@@ -139,7 +188,8 @@ class Client:
         retry_seconds: float | None = None,
     ) -> "Client":
         """A client with other options over the same connections, which stay this one's to close."""
-        client = Client(http_client=self._http)
+        client: Client = copy.copy(self)
+        client._closes = False
         client._options = _changed(
             self._options, api_key=api_key, timeout=timeout, max_retries=max_retries, retry_seconds=retry_seconds
         )
@@ -147,8 +197,8 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        if self._owns_http:
-            self._http.close()
+        if self._closes:
+            self._connections.here().close()
 
     def __enter__(self) -> Self:
         return self
@@ -168,17 +218,22 @@ class Client:
                 outcome = self._send(step)
             else:
                 outcome = None
-                time.sleep(step)
+                if self._left is None:
+                    time.sleep(step)
+                elif self._left.wait(step):
+                    raise CancelledError
 
     def _send(self, request: Request) -> httpx2.Response | httpx2.RequestError:
         try:
-            return self._http.request(request.method, request.url, **request.arguments)
+            return self._connections.here().request(request.method, request.url, **request.arguments)
         except httpx2.RequestError as error:
             return error
 
 
 class AsyncClient:
     """Client for asyncio: the same options and answers. Use it in an `async with` block, or await `close`.
+
+    One event loop after the other may use it, each with connections of its own, but for those of an `http_client`.
 
     http_client: an httpx2.AsyncClient of your own; it is not closed by this one
     """
@@ -194,8 +249,8 @@ class AsyncClient:
         http_client: httpx2.AsyncClient | None = None,
     ) -> None:
         self._options = Options(url, api_key, timeout, max_retries, retry_seconds)
-        self._owns_http = http_client is None
-        self._http = http_client or httpx2.AsyncClient(timeout=DEFAULT_TIMEOUT)
+        self._connections = _Connections(http_client, _awaited, _loop)
+        self._closes = self._connections.ours
 
     async def classify(
         self,
@@ -207,7 +262,7 @@ class AsyncClient:
         abstain_below: float | None = None,
     ) -> Prediction:
         """Classify one image; see Client.classify. What has to be read or encoded is, in a thread."""
-        import asyncio  # noqa: PLC0415  # it takes long to import, and who has a Client needs none
+        import asyncio  # noqa: PLC0415  # as above
 
         content = image if isinstance(image, bytes) else await asyncio.to_thread(encoded, image)
         conversation = _protocol.predict(
@@ -217,7 +272,7 @@ class AsyncClient:
             protocol=protocol,
             stop=stop,
             abstain_below=abstain_below,
-            seconds=self._options.seconds(self._http.timeout),
+            seconds=self._options.seconds(self._connections.here().timeout),
         )
         return await self._run(conversation)
 
@@ -278,7 +333,8 @@ class AsyncClient:
         retry_seconds: float | None = None,
     ) -> "AsyncClient":
         """A client with other options over the same connections, which stay this one's to close."""
-        client = AsyncClient(http_client=self._http)
+        client: AsyncClient = copy.copy(self)
+        client._closes = False
         client._options = _changed(
             self._options, api_key=api_key, timeout=timeout, max_retries=max_retries, retry_seconds=retry_seconds
         )
@@ -286,8 +342,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._owns_http:
-            await self._http.aclose()
+        if self._closes:
+            await self._connections.here().aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -313,7 +369,7 @@ class AsyncClient:
 
     async def _send(self, request: Request) -> httpx2.Response | httpx2.RequestError:
         try:
-            return await self._http.request(request.method, request.url, **request.arguments)
+            return await self._connections.here().request(request.method, request.url, **request.arguments)
         except httpx2.RequestError as error:
             return error
 

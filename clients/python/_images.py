@@ -7,7 +7,8 @@ import sys
 import zlib
 from typing import IO, Any, Protocol, TypeAlias
 
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
+_TIFF_MODES = ("I", "F", "LAB", "I;16L")  # neither in PNG nor in 8 bits: the server decides, as for their files
 _TRANSPARENT_MODES = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}  # and what PNG has for them
 _ORIENTATION = 0x112  # the tag of EXIF
 _PNG_COLOUR_TYPES = {1: 0, 3: 2, 4: 6}  # by channels: grey, RGB, RGBA
@@ -71,15 +72,16 @@ def _is_a(value: object, module: str, name: str) -> bool:
 
 
 def _encoded_pil(image: Any) -> bytes:
-    """A PNG, to be turned as its EXIF says: the same picture as its file."""
+    """A PNG, or a TIFF of what PNG has not, to be turned as its EXIF says: the same picture as its file."""
     image.load()  # which turns a TIFF
     exif = image.getexif()
     turned = type(exif)()
     if _ORIENTATION in exif:
         turned[_ORIENTATION] = exif[_ORIENTATION]
-    plain = image if image.mode in _PNG_MODES else image.convert(_TRANSPARENT_MODES.get(image.mode, "RGB"))
+    kept = image.mode in _PNG_MODES + _TIFF_MODES
+    plain = image if kept else image.convert(_TRANSPARENT_MODES.get(image.mode, "RGB"))
     content = io.BytesIO()
-    plain.save(content, "PNG", exif=turned)
+    plain.save(content, "TIFF" if image.mode in _TIFF_MODES else "PNG", exif=turned)
     return content.getvalue()
 
 

@@ -179,8 +179,8 @@ def _status_error(response: httpx2.Response) -> StatusError:
     try:
         problem = response.json()
         code, detail = str(problem["code"]), str(problem["detail"])
-    except (ValueError, KeyError, TypeError):
-        code, detail = "unknown", response.text[:200]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        code, detail = "unknown", response.content[:200].decode("utf-8", "replace")  # whatever charset it says it has
     request_id = response.headers.get("x-request-id", "")
     retry_after = parse_retry_after(response.headers.get("retry-after"))
     return error_class(response.status_code, code)(response.status_code, code, detail, request_id, retry_after)
@@ -189,5 +189,5 @@ def _status_error(response: httpx2.Response) -> StatusError:
 def _parsed(response: httpx2.Response, parse: Callable[[Any], _T]) -> _T:
     try:
         return parse(response.json())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ResponseError(f"{response.url} answered something else than a resnet-ensemble server: {error}") from error

@@ -2,10 +2,14 @@
 
 import asyncio
 import dataclasses
+import gc
 import inspect
+import itertools
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -233,15 +237,39 @@ def test_leaving_many_early_cancels_what_is_under_way(png: Png) -> None:
     asyncio.run(leave())
 
 
+def test_leaving_many_early_does_not_wait_for_another_attempt(png: Png) -> None:
+    answers, refused = itertools.count(), threading.Event()
+
+    def answer(_: httpx2.Request) -> httpx2.Response:
+        if next(answers) == 0:
+            return ok()
+        refused.set()
+        return problem(503, "overloaded", **{"Retry-After": "30"})
+
+    with Client("http://x", http_client=httpx2.Client(transport=httpx2.MockTransport(answer))) as client:
+        many = client.classify_many([png()] * 10, concurrency=2)
+        assert isinstance(next(many), Prediction)
+        assert refused.wait(20)
+        began = time.monotonic()
+        many.close()  # type: ignore[attr-defined]
+
+    assert time.monotonic() - began < 15
+    assert next(answers) <= 10  # none a second time
+
+
 # Options and transport
 
 
 def test_timeouts_are_on_by_default() -> None:
+    async def asynchronous() -> httpx2.Timeout:
+        async with AsyncClient() as client:
+            return client._connections.here().timeout
+
     with Client() as client:
-        timeout = client._http.timeout
+        timeout = client._connections.here().timeout
 
     assert (timeout.connect, timeout.read) == (5.0, 60.0)
-    assert AsyncClient()._http.timeout == timeout
+    assert asyncio.run(asynchronous()) == timeout
 
 
 def test_a_timeout_of_ones_own_goes_with_every_request(scripted: Scripted, png: Png) -> None:
@@ -301,17 +329,58 @@ def test_a_client_of_ones_own_is_not_closed() -> None:
 
     with Client() as client:
         client.with_options(timeout=1).close()
-        assert not client._http.is_closed
-    assert client._http.is_closed
+        assert not client._connections.here().is_closed
+    assert client._connections.here().is_closed
 
 
 def test_an_asynchronous_client_closes_its_own_connections() -> None:
-    async def use() -> AsyncClient:
+    async def use() -> bool:
         async with AsyncClient() as client:
-            assert not client._http.is_closed
-        return client
+            assert not client._connections.here().is_closed
+        return client._connections.here().is_closed
 
-    assert asyncio.run(use())._http.is_closed
+    assert asyncio.run(use())
+
+
+FORKED = """
+import os, sys
+from resnet_ensemble.client import Client
+
+client = Client(sys.argv[1], max_retries=0)
+labels = {client.classify(b"x").label, client.classify(b"x").label}
+child = os.fork()
+labels.add(client.with_options(timeout=5).classify(b"x").label)
+if child:
+    os.waitpid(child, 0)
+print(len(labels), flush=True)
+"""
+
+
+def test_a_forked_process_does_not_share_its_parents_connections(ports: str) -> None:
+    command = [sys.executable, "-c", FORKED, ports]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+
+    assert done.stdout.split() == ["2", "1"]  # the child's has one of its own, the parent's none
+
+
+# that a connection was not closed with its event loop
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_asynchronous_client_may_be_used_in_one_event_loop_after_the_other(ports: str) -> None:
+    client = AsyncClient(ports, max_retries=0)
+
+    async def twice() -> set[str]:
+        return {(await client.classify(b"x")).label, (await client.with_options(timeout=5).classify(b"x")).label}
+
+    found = [asyncio.run(twice()) for _ in range(3)]
+    asyncio.run(client.close())
+    gc.collect()
+
+    assert [len(labels) for labels in found] == [1, 1, 1]  # within a loop they are kept alive
+    assert len(set.union(*found)) == 3
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(client.classify(b"x"))
 
 
 def test_requests_say_who_sends_them(scripted: Scripted, png: Png) -> None:

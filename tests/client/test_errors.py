@@ -50,6 +50,8 @@ def test_a_wrong_option_is_a_typed_error(connected: Either, png: Png) -> None:
         (problem(503, "overloaded"), sdk.OverloadedError),
         (problem(503, "not_ready"), sdk.NotReadyError),
         (httpx2.Response(502, text="<html>bad gateway</html>"), sdk.ServerError),
+        (httpx2.Response(502, content=b"no hex", headers={"content-type": "text/html; charset=hex"}), sdk.ServerError),
+        (httpx2.Response(500, content=b"[" * 100_000), sdk.ServerError),
         (httpx2.Response(301, headers={"location": "https://x/"}), sdk.ResponseError),
         (httpx2.TooManyRedirects("in a circle"), sdk.ResponseError),
         (httpx2.ConnectError("refused"), sdk.ConnectionFailedError),
@@ -65,7 +67,17 @@ def test_every_failure_has_its_error(scripted: Scripted, answer: Any, error: typ
     assert type(caught.value) is error
 
 
-@pytest.mark.parametrize("body", ["<html>", "[]", '{"label": "cat"}', "null", '{"label": "cat", "top": ["cat"]}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<html>",
+        "[]",
+        '{"label": "cat"}',
+        "null",
+        '{"label": "cat", "top": ["cat"]}',
+        pytest.param("[" * 100_000, id="["),
+    ],
+)
 def test_another_kind_of_server_is_recognised(scripted: Scripted, body: str, png: Png) -> None:
     client, _ = scripted(httpx2.Response(200, text=body))
 

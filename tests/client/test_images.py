@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tests.client.conftest import Png, Scripted, ok
+from resnet_ensemble.client import UnsupportedImageError
+from tests.client.conftest import Either, Png, Scripted, ok
 
 
 def images(tmp_path: Path, content: bytes) -> dict[str, Any]:
@@ -87,6 +88,22 @@ def test_pil_images_of_every_mode_are_sent_and_stay_transparent(scripted: Script
 
     sent = Image.open(io.BytesIO(requests[0].content))
     assert sent.has_transparency_data == mode.upper().endswith("A")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B"])
+def test_sixteen_bits_arrive_as_sixteen_bits(scripted: Scripted, mode: str) -> None:
+    client, requests = scripted(ok())
+    values = np.array([[0, 300], [40_000, 65_535]], ">u2" if mode == "I;16B" else "<u2")
+
+    client.classify(Image.frombytes(mode, (2, 2), values.tobytes()))
+
+    assert (np.asarray(Image.open(io.BytesIO(requests[0].content))) == values).all()
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "LAB"])
+def test_what_the_server_refuses_as_a_file_it_refuses_as_a_pil_image(connected: Either, mode: str) -> None:
+    with pytest.raises(UnsupportedImageError, match="415"):
+        connected.classify(Image.new(mode, (4, 4)))
 
 
 @pytest.mark.parametrize("image", [None, 3, io.StringIO("text"), ["a"]])

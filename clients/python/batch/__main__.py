@@ -156,7 +156,8 @@ def _preview(job: Job) -> None:
         print(f"the {output.errors:,} error rows are taken away first, and their inputs done again")
     if changed:
         forced = f"takes these {output.rows:,} rows away and begins again"
-        print(f"changed: {'; '.join(changed)}; a run {forced if job.force else 'is refused without --force'}")
+        allowed = job.force or not output.rows
+        print(f"changed: {'; '.join(changed)}; a run {forced if allowed else 'is refused without --force'}")
 
 
 class _Lines:

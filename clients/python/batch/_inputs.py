@@ -20,6 +20,7 @@ import io
 import json
 import os
 import re
+import stat
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -65,6 +66,8 @@ class Item:
             raise OSError(self.problem)
         if self.content is not None:
             return self.content
+        if "://" not in self.path and _may_wait(self.path):
+            raise OSError(f"{printable(self.path)} is no file: it may give nothing for ever")
         with _open(self.path) as file:
             try:
                 return file.read(most)
@@ -103,12 +106,17 @@ class Inputs:
         self._root = root
         self._sort = sort
         self.left_out = 0  # files in folders and archives whose suffix is none of a picture
+        self.most_bytes: int | None = None  # of a picture; of a larger one in an archive, only one byte more is read
 
     def check(self) -> None:
         """Raise InputError for an argument that is nothing here, and MissingExtraError for one that needs a package."""
         for argument in self._arguments:
             local = argument != "-" and "://" not in argument
-            if local and not _has_pattern(argument) and not Path(argument).exists():
+            if local and has_pattern(argument):
+                folder = _fixed_folder(argument)
+                if folder and not Path(folder).is_dir():
+                    raise InputError(f"{argument} matches nothing: {folder} is no folder here")
+            elif local and not Path(argument).exists():
                 raise InputError(f"{argument} is no file or folder here")
             if not local and argument != "-":
                 _driver(argument)
@@ -126,9 +134,8 @@ class Inputs:
             unknown = argument == "-" or "://" in argument or argument.lower().endswith(_ARCHIVES)
             # With pictures in a list of text, counting would read all of them.
             unknown |= self._columns.content is not None and not argument.endswith(".parquet")
-            # A pipe gives each line once, and that is for the job.
-            unknown |= Path(argument).exists() and not (Path(argument).is_file() or Path(argument).is_dir())
-            if unknown or (argument.endswith(".parquet") and _has_pattern(argument)):
+            unknown |= _may_wait(argument)  # a pipe gives each line once, and that is for the job
+            if unknown or (argument.endswith(".parquet") and has_pattern(argument)):
                 return None
             total += self._count(argument)
         return total
@@ -145,7 +152,7 @@ class Inputs:
             # A file of its own: Python aborts when it ends while a thread still waits in sys.stdin for a line.
             with open(0, "rb", closefd=False) as file:
                 yield from self._lines(file, argument)
-        elif _has_pattern(argument):
+        elif has_pattern(argument):
             named = argument.lower().endswith(_LISTS)
             for item in _matching(argument, self._sort):
                 if item.problem is not None:
@@ -201,7 +208,7 @@ class Inputs:
                 where = printable(f"{name}:{number}")
                 try:
                     yield self._from_record(json.loads(line), where)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield Item(where, where, problem=f"line {number} is not JSON: {error}")
 
     def _csv(self, file: BinaryIO, name: str) -> Iterator[Item]:
@@ -242,7 +249,7 @@ class Inputs:
                     continue
                 content = archive.extractfile(member)
                 assert content is not None  # it is a file
-                yield Item(where, where, content=content.read())
+                yield Item(where, where, content=content.read(-1 if self.most_bytes is None else self.most_bytes + 1))
 
     def _from_record(self, record: Any, where: str) -> Item:
         """An item from a row of a list; `where` is its id if nothing better is."""
@@ -255,7 +262,7 @@ class Inputs:
         # Pictures that came with the list may share a name: of Hugging Face's images it has no folder.
         named_by = path if path and content is None else where
         id = record.get(columns.id) if columns.id else named_by  # noqa: A001  # the field's name
-        if id is None:
+        if id is None or id == "":  # a cell of a CSV is never None
             return Item(where, where, problem=f"{where} has no value in the column {columns.id}")
         named = printable(str(id))
         if columns.content and content is not None:
@@ -309,9 +316,17 @@ def _is_picture(path: str) -> bool:
     return path[path.rfind(".") :].lower() in PICTURES
 
 
-def _has_pattern(path: str) -> bool:
+def has_pattern(path: str) -> bool:
     """Whether it is a pattern; a file that is really named so is not."""
+    if path.startswith(("http://", "https://")):  # there ? begins a query, and a host may be an address in brackets
+        return any(character in "/".join(path.partition("?")[0].split("/")[3:]) for character in "*[")
     return any(character in path for character in "*?[") and not ("://" not in path and Path(path).exists())
+
+
+def _fixed_folder(pattern: str) -> str:
+    """The folder that a pattern's walk begins in, with its slash: what comes before the first * ? or [."""
+    before = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+    return before[: before.rfind("/") + 1]
 
 
 def _is_folder(path: str) -> bool:
@@ -334,6 +349,15 @@ def _driver(address: str) -> tuple[Any, str]:
     except Exception as error:
         raise InputError(f"{address} is no address that fsspec can read: {error}") from error
     return system, root
+
+
+def _may_wait(path: str) -> bool:
+    """Whether it is a pipe, a terminal or the like; of what can't be looked at, opening it tells."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _open(path: str) -> BinaryIO:
@@ -415,9 +439,8 @@ def _walk_remote(folder: str, sort: bool, depth: int | None) -> Iterator[Item]:
 
 
 def _matching(pattern: str, sort: bool) -> Iterator[Item]:
-    """The files that match a pattern; the folder that the walk begins in is what comes before the first * ? or [."""
-    before = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
-    folder = before[: before.rfind("/") + 1]
+    """The files that match a pattern."""
+    folder = _fixed_folder(pattern)
     # Here several slashes are one; in the keys of a store they are not.
     parts = re.split("/" if "://" in pattern else "/+", pattern.removeprefix(folder))
     if folder and "://" not in folder and not Path(folder).is_dir():

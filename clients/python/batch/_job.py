@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,9 @@ def run(
     tell: Callable[[str], None] = lambda message: None,
     connect: Connect | None = None,
 ) -> Summary:
-    """Do a job, or what is left of it. Ctrl-C and SIGTERM end it early and well, a second one at once.
+    """Do a job, or what is left of it. Ctrl-C and SIGTERM end it early and well, a second one ends the process.
+
+    Where an event loop runs already, as in Jupyter, it is done in a thread: Ctrl-C ends it well, SIGTERM does not.
 
     - on_progress: called every second
     - tell: given a sentence when something happens that a person wants to know
@@ -168,7 +171,18 @@ def run(
     Raises OutputError, InputError, MissingExtraError, BundleUnusableError, and ResnetError if no server of ours
     answers at the beginning.
     """
-    return asyncio.run(_Run(job, on_progress, tell).run(connect or job.connect))
+    doing = _Run(job, on_progress, tell)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(doing.run(connect or job.connect))
+    with ThreadPoolExecutor(1, thread_name_prefix="job") as pool:
+        summary = pool.submit(asyncio.run, doing.run(connect or job.connect))
+        try:
+            return summary.result()
+        except KeyboardInterrupt:
+            doing.interrupt()
+            return summary.result()
 
 
 def _most_bytes(served: Info) -> int | None:
@@ -186,12 +200,20 @@ class _Run:
         self._stop: Callable[[], None] = lambda: None
         self._reason: str | None = None
         self._signal: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def interrupt(self) -> None:
+        """Do what Ctrl-C does, from another thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end, signal.SIGINT)
 
     async def run(self, connect: Connect) -> Summary:
         began = time.monotonic()
+        self._loop = asyncio.get_running_loop()
         self._inputs.check()
         async with connect() as client:
             served = await self._served(client)
+            self._inputs.most_bytes = _most_bytes(served)
             configuration = self._job.configuration(served.bundle, served.protocol, served.stop)
             with Output(self._job.output, form=self._job.format) as output:
                 try:
@@ -199,10 +221,11 @@ class _Run:
                 except OSError as error:
                     raise OutputError(f"{self._job.output} can't be written: {error}") from error
                 with self._signals():
-                    if self._job.ray is None:
-                        await self._classify(client, served, output)
-                    else:
-                        await self._classify_with_ray(self._job.ray, served, output)
+                    if self._reason is None:  # not interrupted yet
+                        if self._job.ray is None:
+                            await self._classify(client, served, output)
+                        else:
+                            await self._classify_with_ray(self._job.ray, served, output)
                 if self._reason is None:
                     try:
                         output.finish()
@@ -229,7 +252,7 @@ class _Run:
                 return await client.info()
             except (ConnectionFailedError, StatusError) as error:
                 passing = not isinstance(error, StatusError) or retryable(error.status)
-                if not passing or time.monotonic() > latest:
+                if not passing or self._reason is not None or time.monotonic() > latest:
                     raise
                 if not told:
                     self._tell(f"waiting up to {self._job.patience:g} s for the server: {error}")
@@ -366,28 +389,32 @@ class _Run:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first signal ends the job well; then the usual handlers are back."""
+        """The first signal ends the job well, a second one the process, whatever a thread of it waits for."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-
-        def restore() -> None:
-            for number in numbers:
-                loop.remove_signal_handler(number)
+        loop = asyncio.get_running_loop()
+        usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def end(number: signal.Signals) -> None:
-            restore()
-            self._signal = number
+            for each in usual:
+                loop.remove_signal_handler(each)
+                signal.signal(each, signal.SIG_DFL)
             self._tell("finishing what is in flight; once more to leave at once")
-            self._halt(f"interrupted by {number.name}")
+            self._end(number)
 
-        for number in numbers:
+        for number in usual:
             loop.add_signal_handler(number, end, number)
         try:
             yield
         finally:
-            restore()
+            for number, handler in usual.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+    def _end(self, number: signal.Signals) -> None:
+        self._signal = number
+        self._halt(f"interrupted by {number.name}")
 
     def _summary(self, output: Output, seconds: float) -> Summary:
         progress = self._progress

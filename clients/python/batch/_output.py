@@ -72,7 +72,14 @@ def parse_ledger(content: bytes) -> tuple[dict[str, Any], list[Entry]]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What changed between two configurations: "protocol: flip → 10crop"."""
     names = [*old, *(name for name in new if name not in old)]
-    return [f"{name}: {old.get(name)} → {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+    return [
+        f"{name}: {_short(old.get(name))} → {_short(new.get(name))}" for name in names if old.get(name) != new.get(name)
+    ]
+
+
+def _short(value: object) -> str:
+    text = str(value)  # the inputs may be thousands of names
+    return text if len(text) <= 100 else f"{text[:80]}… ({len(text):,} characters)"
 
 
 def form_of(target: Path, form: str) -> str:
@@ -107,9 +114,10 @@ class Output:
     def begin(self, configuration: Mapping[str, Any], *, force: bool = False) -> str | None:
         """Begin, or resume what was begun with the same configuration; no other process may until `close`.
 
-        - force: begin again when the configuration changed, without the rows that there are
+        - force: begin again when the configuration changed, without the rows that there are; where there are none,
+          that needs no force
 
-        Returns what `force` took away, or None. Raises OutputError.
+        Returns what was taken away, or None. Raises OutputError.
         """
         ledger = self._folder / LEDGER
         if not ledger.exists():
@@ -207,7 +215,7 @@ class Output:
         content = ledger.read_bytes()
         old, self._entries = parse_ledger(content)
         changed = "; ".join(differences(old, configuration))
-        if changed and force:
+        if changed and (force or not self.rows):
             return changed
         if changed:
             raise OutputError(

@@ -21,7 +21,7 @@ COLUMNS = ("id", "path", "sha256", *_FROM_PREDICTION, "latency_ms", "error_code"
 
 
 def printable(text: str) -> str:
-    """A path as UTF-8 can hold it: bytes of a file name that are none become backslash escapes."""
+    """A path or a message as UTF-8 can hold it: bytes of a file name that are none become backslash escapes."""
     try:
         name = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell; no file has that name
@@ -40,7 +40,8 @@ def of_prediction(id: str, path: str, sha256: str, prediction: Prediction, laten
 
 def of_error(id: str, path: str, sha256: str | None, code: str, message: str) -> Row:  # noqa: A002
     """The row of an input that has no prediction."""
-    given = {"id": id, "path": path, "sha256": sha256, "error_code": code, "error_message": message}
+    told = {"error_code": printable(code), "error_message": printable(message)}
+    given = {"id": id, "path": path, "sha256": sha256, **told}
     return {name: given.get(name) for name in COLUMNS}
 
 

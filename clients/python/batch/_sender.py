@@ -26,8 +26,10 @@ class StopJobError(Exception):
 class Sender:
     """Makes rows. Any number of inputs at a time: the gate says how many of them are in flight.
 
+    The bytes of all of them are in memory, also of those that wait for the gate or for another attempt.
+
     - bundle: what has to answer; rows of two bundles don't belong together
-    - most_bytes: what it refuses pictures above, if that is known; files of more are not read whole
+    - most_bytes: what it refuses pictures above, if that is known; files of more are not read whole, nor sent
     - patience: seconds without any answer after which it stops
     """
 
@@ -61,12 +63,13 @@ class Sender:
     async def row(self, item: Item) -> Row | None:
         """The row of an input; None if it was not done because of `drain`. Raises StopJobError."""
         path = _rows.printable(item.path)
+        most = -1 if self._most is None else self._most + 1  # one more tells that it is too large
         try:
-            content = item.content if item.content is not None else await asyncio.to_thread(self._read, item)
+            content = item.content if item.content is not None else await asyncio.to_thread(item.read, most)
         except OSError as error:
             return _rows.of_error(item.id, path, None, _rows.UNREADABLE, str(error))
-        if content is None:
-            message = f"the file has more than the {self._most:,} bytes that the server takes"
+        if self._most is not None and len(content) > self._most:
+            message = f"it has more than the {self._most:,} bytes that the server takes"
             return _rows.of_error(item.id, path, None, _rows.TOO_LARGE, message)
         sha256 = hashlib.sha256(content).hexdigest()
         attempts, failures = 0, Counter[str]()
@@ -100,13 +103,6 @@ class Sender:
         """Finish what is in flight and begin nothing more."""
         self._draining.set()
         self._gate.close()
-
-    def _read(self, item: Item) -> bytes | None:
-        """The picture, or None if it is too large."""
-        if self._most is None:
-            return item.read()
-        content = item.read(self._most + 1)
-        return None if len(content) > self._most else content
 
     async def _send(self, content: bytes) -> Prediction | ResnetError:
         self._progress.requests += 1

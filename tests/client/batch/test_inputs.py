@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_ensemble.client.batch import Columns, InputError, MissingExtraError
-from resnet_ensemble.client.batch._inputs import PICTURES, Inputs, Item, matches, may_hold
+from resnet_ensemble.client.batch._inputs import PICTURES, Inputs, Item, has_pattern, matches, may_hold
 from resnet_ensemble.client.batch._rows import printable
 from resnet_ensemble.client.batch._selection import Seen, sampled
 from resnet_ensemble.training.pixels import SUFFIXES
@@ -77,6 +77,28 @@ def test_a_pattern_gives_what_matches(folder: Path, pattern: str, found: list[st
 
     assert ids(pattern) == found
     assert sorted(ids(f"{folder}/{pattern}")) == sorted(f"{folder}/{name}" for name in found)
+
+
+@pytest.mark.parametrize(
+    ("address", "whether"),
+    [
+        ("http://host/ship.png?sig=a*b[1]", False),
+        ("https://host/a.png", False),
+        ("http://[::1]:8000/a.png", False),
+        ("https://host/*.png?sig=1", True),
+        ("https://host/[ab].png", True),
+        ("s3://photos/?.png", True),
+    ],
+)
+def test_a_query_and_a_host_in_brackets_are_no_patterns(address: str, whether: bool) -> None:
+    assert has_pattern(address) is whether
+
+
+def test_a_pattern_in_a_folder_that_is_not_there_is_refused(folder: Path) -> None:
+    Inputs(("b/*.jpg", "*/x", "./*.jpg")).check()
+
+    with pytest.raises(InputError, match=r"fotos/\*\.jpg matches nothing: fotos/ is no folder here"):
+        Inputs(("fotos/*.jpg",)).check()
 
 
 def test_lists_that_match_a_pattern_are_read_only_where_it_names_them(folder: Path) -> None:
@@ -156,6 +178,9 @@ def test_pipes_are_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / "b" / "pipe.jpg")
 
     assert ids("b") == ["b/c.PNG", "b/d/e.jpeg"]
+    (folder / "list.txt").write_text("b/pipe.jpg\n")
+    with pytest.raises(OSError, match=r"b/pipe\.jpg is no file"):
+        items("list.txt")[0].read()
 
 
 def test_counting_takes_nothing_from_a_pipe(folder: Path) -> None:
@@ -253,6 +278,28 @@ def test_jsonl_with_paths_ids_bytes_and_bad_lines(folder: Path) -> None:
     ):
         with pytest.raises(OSError, match=problem):
             item.read()
+
+
+def test_a_line_of_brackets_only_is_not_json(folder: Path) -> None:
+    (folder / "list.jsonl").write_text("[" * 100_000 + '\n{"path": "a.jpg"}\n')
+
+    bad, good = items("list.jsonl")
+
+    assert str(bad.problem).startswith("line 1 is not JSON: ")
+    assert good.id == "a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("list.csv", "path,id\na.jpg,\na.jpg,\na.jpg,7\n"), ("list.jsonl", '{"path": "a.jpg", "id": ""}\n' * 2)],
+)
+def test_empty_ids_are_missing_and_not_named_twice(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+
+    found = items(name, columns=Columns(id="id"))
+
+    assert len({item.id for item in found}) == len(found)
+    assert [item.problem for item in found[:2]] == [f"{item.id} has no value in the column id" for item in found[:2]]
 
 
 @pytest.mark.parametrize(("name", "separator"), [("list.csv", ","), ("list.tsv", "\t")])
@@ -354,6 +401,16 @@ def test_archives(folder: Path, name: str, mode: Any) -> None:
     ]
     assert inputs.left_out == 1
     assert inputs.count() is None
+
+
+def test_a_picture_in_an_archive_is_read_up_to_the_limit_and_one_byte_more(folder: Path) -> None:
+    with tarfile.open("s.tar", "w") as archive:
+        archive.add("b/c.PNG")
+        archive.add("a.jpg")
+    inputs = Inputs(("s.tar",))
+    inputs.most_bytes = 5
+
+    assert [item.content for item in inputs] == [b"b/c.PN", b"a.jpg"]
 
 
 def test_links_in_an_archive_are_told(folder: Path) -> None:

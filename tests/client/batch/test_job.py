@@ -1,10 +1,15 @@
 """Jobs against a server that is a function."""
 
 import asyncio
+import base64
+import contextlib
+import io
 import itertools
 import os
 import signal
+import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +20,7 @@ import httpx2
 import pytest
 
 from resnet_ensemble.client import ResnetError
-from resnet_ensemble.client.batch import COLUMNS, InputError, Job, OutputError, Progress, Summary, _ray, run
+from resnet_ensemble.client.batch import COLUMNS, Columns, InputError, Job, OutputError, Progress, Summary, _ray, run
 from resnet_ensemble.client.batch import _job as job_module
 from resnet_ensemble.client.batch._inputs import Item
 from resnet_ensemble.client.batch._rows import Row
@@ -108,6 +113,18 @@ def test_bad_pictures_are_rows_with_the_servers_code(do: Do, pictures: Path, tmp
     assert do(predict, order="input").exit_code == 3  # the rows are still there
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_what_utf_8_can_not_hold_is_written_as_text(do: Do, tmp_path: Path, name: str) -> None:
+    (tmp_path / "list.txt").write_bytes(b"memory://gone\xff.jpg\n" + f"{tmp_path}/pictures/5.jpg\n".encode())
+    failure = httpx2.Response(422, content=b'{"code": "bad\\ud801", "detail": "a \\ud800 name"}')
+
+    assert do(lambda _: failure, inputs=(str(tmp_path / "list.txt"),), output=tmp_path / name, order="input").rows == 2
+
+    missing, bad = rows_of(tmp_path / name)
+    assert "gone\\xff.jpg" in missing["error_message"]
+    assert (bad["error_code"], bad["error_message"]) == ("bad\\xed\\xa0\\x81", "a \\xed\\xa0\\x80 name")
+
+
 def test_a_file_that_the_server_would_refuse_is_not_read_whole(do: Do, pictures: Path, tmp_path: Path) -> None:
     with (pictures / "0.jpg").open("wb") as file:
         file.truncate(2**40)  # sparse: no disk holds it, and no memory
@@ -117,6 +134,21 @@ def test_a_file_that_the_server_would_refuse_is_not_read_whole(do: Do, pictures:
     (row,) = [row for row in rows_of(tmp_path / "rows") if row["error_code"]]
     assert (Path(row["id"]).name, row["error_code"], row["sha256"]) == ("0.jpg", "image_too_large", None)
     assert "more than the 1,000,000 bytes" in row["error_message"]
+
+
+def test_pictures_in_archives_and_columns_that_the_server_would_refuse_are_not_sent(do: Do, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name, size in (("large.jpg", MOST_BYTES + 1), ("small.jpg", 3)):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            archive.addfile(member, io.BytesIO(b"a" * size))
+    (tmp_path / "list.csv").write_text(f"data\n{base64.b64encode(bytes(MOST_BYTES + 1)).decode()}\n")
+    inputs = (str(tmp_path / "s.tar"), str(tmp_path / "list.csv"))
+
+    summary = do(inputs=inputs, columns=Columns(content="data"), order="input")
+
+    assert (summary.rows, summary.requests) == (3, 1)
+    assert [row["error_code"] for row in rows_of(tmp_path / "rows")] == ["image_too_large", None, "image_too_large"]
 
 
 def test_error_rows_are_done_again_when_asked_for(do: Do, tmp_path: Path) -> None:
@@ -290,6 +322,76 @@ def test_a_signal_does_not_wait_for_what_waits(do: Do) -> None:
     began = time.monotonic()
     assert do(predict, order="input").exit_code == 130
     assert time.monotonic() - began < 5
+
+
+WAITING = """
+import os, sys, threading
+from pathlib import Path
+from resnet_ensemble.client.batch import Job, _inputs, run
+from tests.client.batch.conftest import answered, server
+
+def read(*_):
+    os.write(1, b"reading\\n")
+    threading.Event().wait()
+
+_inputs.Item.read = read
+tell = lambda message: os.write(1, message.encode() + b"\\n")
+run(Job((__file__,), Path(sys.argv[1])), connect=server(answered), tell=tell)
+"""
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_thread(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(WAITING)
+    command = [sys.executable, "script.py", "rows"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout
+        for told in ("reading\n", "finishing what is in flight; once more to leave at once\n"):
+            assert job.stdout.readline() == told
+            job.send_signal(signal.SIGINT)
+        try:
+            assert job.wait(20) == -signal.SIGINT
+        finally:
+            job.kill()
+
+
+def test_the_usual_handlers_of_signals_are_back_after_a_job(do: Do) -> None:
+    usual = signal.signal(signal.SIGTERM, lambda *_: None), signal.getsignal(signal.SIGINT)
+    mine = signal.getsignal(signal.SIGTERM)
+    try:
+        do(lambda content: os.kill(os.getpid(), signal.SIGINT) or answered(content))
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (mine, usual[1])
+    finally:
+        signal.signal(signal.SIGTERM, usual[0])
+
+
+def in_a_running_loop(act: Callable[[], Summary]) -> Summary:
+    async def inside() -> Summary:
+        return act()
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:  # Ctrl-C in asyncio.run would only be kept for later
+        return loop.run_until_complete(inside())
+
+
+def test_a_job_runs_where_an_event_loop_runs_already(do: Do) -> None:
+    assert in_a_running_loop(do).rows == 10
+
+
+def test_ctrl_c_where_an_event_loop_runs_already_finishes_what_is_in_flight(do: Do, tmp_path: Path) -> None:
+    started = []
+
+    async def predict(content: bytes) -> httpx2.Response:
+        started.append(content)
+        if len(started) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.05)
+        return answered(content)
+
+    summary = in_a_running_loop(lambda: do(predict, max_concurrency=2))
+
+    assert summary.exit_code == 130
+    assert summary.total_rows == len(rows_of(tmp_path / "rows")) == len(started) < 10
 
 
 def test_actors_of_ray_ask_the_server_of_the_jobs_environment_with_its_key(

@@ -180,6 +180,19 @@ def test_force_begins_again(tmp_path: Path, name: str) -> None:
     assert [row["id"] for row in rows_on_disk(tmp_path / name)] == ["c"]
 
 
+@pytest.mark.parametrize("name", ["rows", "rows.jsonl"])
+def test_where_there_are_no_rows_it_begins_again_unasked(tmp_path: Path, name: str) -> None:
+    do(tmp_path / name, [], Disk(), 1, set())
+
+    with begun(tmp_path / name, inputs=["other"]) as output:
+        output.commit([row("c")])
+        output.finish()
+
+    assert [row["id"] for row in rows_on_disk(tmp_path / name)] == ["c"]
+    with pytest.raises(OutputError, match="begun otherwise"):
+        begun(tmp_path / name)
+
+
 def test_force_deletes_nothing_where_nothing_changed(tmp_path: Path) -> None:
     do(tmp_path / "rows", ["a", "b"], Disk(), 1, set())
 
@@ -311,6 +324,7 @@ def test_rows_stay_in_their_order_while_error_rows_are_taken_from_among_them(tmp
 
 def test_differences_are_named() -> None:
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None, "d": 4}) == ["b: 2 → 3", "d: None → 4"]
+    assert differences({"a": "x" * 9999}, {"a": 1}) == [f"a: {'x' * 80}… (9,999 characters) → 1"]
 
 
 def test_both_formats_hold_the_same(tmp_path: Path) -> None:
