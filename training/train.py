@@ -154,7 +154,7 @@ def train(recipe: Recipe, root: Path, folder: Path, options: Options = DEFAULTS)
                 leave=False,
                 disable=None if group.first else True,
             )
-            rate = 0.0
+            rate = learning_rate(recipe, epoch * steps_an_epoch + stop - 1, steps, history)  # if no step is left
             for i in bar:
                 asked = time.monotonic()
                 batch = next(batches)
@@ -182,10 +182,13 @@ def train(recipe: Recipe, root: Path, folder: Path, options: Options = DEFAULTS)
                         f"the loss became {loss:.3g}, or weights not finite, in step {i + 1} of epoch {epoch + 1}; "
                         f"{folder} keeps the last checkpoint. Try a lower peak_learning_rate or, with fp16, bf16"
                     )
-                if sigterm and not last:
-                    loss_sum, wrong, waited = group.sum(sums).tolist()
-                    seconds = done.seconds + time.monotonic() - began
-                    _save(folder, snapshot(history, Progress(i + 1, loss_sum, wrong, seconds, waited)), group)
+                if not sigterm and not last:
+                    continue
+                loss_sum, wrong, waited = group.sum(sums).tolist()
+                seconds = done.seconds + time.monotonic() - began
+                # Also the last step's: a damaged validation picture, or a kill meanwhile, must not cost the epoch.
+                _save(folder, snapshot(history, Progress(i + 1, loss_sum, wrong, seconds, waited)), group)
+                if not last:
                     _exit(group, f"{recipe.name}: saved after step {i + 1} of epoch {epoch + 1}; run it again to go on")
 
             group.average_statistics(network)

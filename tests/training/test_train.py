@@ -151,6 +151,32 @@ def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_from_there(
     assert same(resumed, expected)
 
 
+def test_an_epoch_whose_evaluation_fails_is_not_trained_again(
+    tmp_path: Path, whole: Callable[[Recipe], Checkpoint]
+) -> None:
+    original, evaluations = train.evaluate, 0
+
+    def evaluate_then_fail(*arguments: object) -> train.Errors:
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations == 2:
+            raise DataError("damaged.JPEG can't be decoded")
+        return original(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluate_then_fail)
+        with pytest.raises(DataError, match=r"damaged\.JPEG"):
+            run(tmp_path, TINY)
+    saved = checkpoint.load(tmp_path)
+    resumed = run(tmp_path, TINY)
+
+    expected = whole(TINY)
+    assert (len(saved.history), saved.progress.steps) == (1, 96 // 16)
+    assert [e.learning_rate for e in resumed.history] == [e.learning_rate for e in expected.history]
+    assert [e.train_error for e in resumed.history] == [e.train_error for e in expected.history]
+    assert same(resumed, expected)
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     first = run(tmp_path)
     written = (tmp_path / "checkpoint.safetensors").stat().st_mtime_ns
@@ -187,7 +213,8 @@ def test_the_best_checkpoint_says_when_its_run_has_ended(tmp_path: Path, monkeyp
 
     def write_and_look(folder: Path, saved: Checkpoint) -> None:
         written(folder, saved)
-        said.append(checkpoint.load(folder / "best.safetensors").finished)
+        if not saved.progress.steps:  # an epoch has ended
+            said.append(checkpoint.load(folder / "best.safetensors").finished)
 
     monkeypatch.setattr(record, "write", write_and_look)
     run(tmp_path)
