@@ -136,6 +136,16 @@ def test_a_damaged_python_file_is_never_unpickled(tmp_path: Path, monkeypatch: p
         cifar.read(tmp_path, "test")
 
 
+def test_a_folder_whose_files_can_t_be_checked_is_told_and_not_said_to_be_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "cifar-100-binary").mkdir()
+
+    with pytest.raises(cifar.DataError) as told:
+        cifar.read(tmp_path, "train", cifar.CIFAR100)
+    looked, there = str(told.value).split(". ", maxsplit=1)
+    assert looked.endswith(": looked for cifar-100-binary.tar.gz, cifar-100-python.tar.gz, cifar-100-python/")
+    assert there.startswith("cifar-100-binary/ is there, but its files can't be checked: put cifar-100-binary.tar.gz")
+
+
 def test_a_missing_file_is_named(tmp_path: Path, binary: Binary) -> None:
     dataset, files, _ = binary
     write(tmp_path, {name: content for name, content in files.items() if name != "test_batch.bin"})
