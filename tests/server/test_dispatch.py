@@ -14,7 +14,7 @@ from resnet_ensemble.server.plan import cheapest_first
 from resnet_ensemble.server.stopping import RULES
 
 CLASSES = 10
-FULL, RULES["exact"] = RULES["full"], RULES["exact"]
+FULL, EXACT = RULES["full"], RULES["exact"]
 SOUND, BAD, DEADLY = 0, 1, 2
 # Two members, of which the second costs twice the first: 30 s for an image.
 PLAN = cheapest_first("10crop", [[1.0], [2.0]], [10])
@@ -96,7 +96,7 @@ def test_a_full_image_runs_its_whole_plan_the_cheap_member_first() -> None:
 
 def test_an_exact_image_runs_only_what_it_needs() -> None:
     found = dispatcher()
-    job = add(found, 3, rule=RULES["exact"])
+    job = add(found, 3, rule=EXACT)
 
     assert run_all(found) == [(0, 10), (1, 1)]
     assert job.views.tolist() == [10, 1]
@@ -105,7 +105,7 @@ def test_an_exact_image_runs_only_what_it_needs() -> None:
 
 def test_an_unsure_image_is_asked_for_more_and_packed_with_others() -> None:
     found = dispatcher(batch_pixels=[10, 32])
-    unsure, sure = add(found, 3, rule=RULES["exact"], sureness=200), add(found, 4, rule=RULES["exact"])
+    unsure, sure = add(found, 3, rule=EXACT, sureness=200), add(found, 4, rule=EXACT)
 
     ran = run_all(found)
 
@@ -340,10 +340,10 @@ def test_an_idle_server_takes_a_request_of_any_size() -> None:
 def test_a_stop_rule_that_saves_work_lets_more_images_in() -> None:
     found = dispatcher()
     for _ in range(100):
-        add(found, 1, rule=RULES["exact"])
+        add(found, 1, rule=EXACT)
         run_all(found)
     before = found.predicted_wait()
-    found.admit(0.0, 1e6, PLAN, RULES["exact"], 1)
+    found.admit(0.0, 1e6, PLAN, EXACT, 1)
 
     assert before == 0
     assert found.predicted_wait() == pytest.approx(12, rel=0.01)  # 10 cheap views and one of the other
@@ -424,9 +424,9 @@ def test_what_is_decoded_is_not_waited_for_any_more() -> None:
 def test_an_image_that_needs_more_views_than_others_is_expected_to_need_them() -> None:
     found = dispatcher(max_wait=1e9)
     for brightness in range(30):
-        add(found, brightness % 10, rule=RULES["exact"])
+        add(found, brightness % 10, rule=EXACT)
     run_all(found)
-    add(found, 3, rule=RULES["exact"], sureness=140)
+    add(found, 3, rule=EXACT, sureness=140)
 
     now, waits = 0.0, []
     while isinstance(batch := found.next(now), Batch):

@@ -13,6 +13,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -378,14 +379,40 @@ def test_a_job_runs_where_an_event_loop_runs_already(do: Do) -> None:
     assert in_a_running_loop(do).rows == 10
 
 
-def test_ctrl_c_where_an_event_loop_runs_already_finishes_what_is_in_flight(do: Do, tmp_path: Path) -> None:
-    started = []
+def test_ctrl_c_where_an_event_loop_runs_already_finishes_what_is_in_flight(
+    do: Do, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bytes] = []
+    interrupted, interrupt = threading.Event(), job_module._Run.interrupt
+
+    def interrupt_and_tell(run: job_module._Run) -> None:
+        interrupt(run)
+        interrupted.set()
+
+    waiting = threading.Event()  # the thread that Ctrl-C interrupts
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *given: Any, **named: Any) -> Future[Any]:
+            future = super().submit(*given, **named)
+            result = future.result
+
+            def wait(timeout: float | None = None) -> Any:
+                waiting.set()
+                return result(timeout)
+
+            future.result = wait  # type: ignore[method-assign]
+            return future
+
+    monkeypatch.setattr(job_module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(job_module._Run, "interrupt", interrupt_and_tell)
 
     async def predict(content: bytes) -> httpx2.Response:
         started.append(content)
         if len(started) == 4:
+            assert await asyncio.to_thread(waiting.wait, 20)
             os.kill(os.getpid(), signal.SIGINT)
-        await asyncio.sleep(0.05)
+        if len(started) >= 4:
+            assert await asyncio.to_thread(interrupted.wait, 20)
         return answered(content)
 
     summary = in_a_running_loop(lambda: do(predict, max_concurrency=2))
