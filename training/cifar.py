@@ -185,7 +185,7 @@ def _find(root: Path, dataset: Dataset) -> tuple[Version, Callable[[str], bytes]
     unchecked = [v for v in dataset.versions if not all(v.train.values())]  # of whose files no MD5 is published
     known = ", ".join(v.archive if v in unchecked else f"{v.archive}, {v.folder}/" for v in dataset.versions)
     there = [v for v in unchecked if (root / v.folder).is_dir()]
-    told = "".join(f" {v.folder}/ is there, but its files can't be checked: put {v.archive} there." for v in there)
+    told = "".join(f" {v.folder}/ is there, but its files can't be checked: put {v.archive} beside it." for v in there)
     raise DataError(f"no {dataset.title} in {root}: looked for {known}.{told} Get it from {SOURCE}cifar.html")
 
 

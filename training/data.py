@@ -195,7 +195,8 @@ class Folders:
         _, validation = scan_folders(root, "val", self.labels)
         self._training = TrainingFiles(training, recipe)
         self.train_images = len(self._training.files)
-        names = [f"/{Path(path).relative_to(root).as_posix()}" for path, _ in (*self._training.files, *validation)]
+        # Below ".", paths do not begin with it.
+        names = [f"/{path.removeprefix(f'{root}/')}" for path, _ in (*self._training.files, *validation)]
         self.fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
         mine = TrainingFiles(validation[group.rank :: group.world], recipe)
         gpu = group.device.type == "cuda"

@@ -6,12 +6,12 @@
     python training/train.py resnet50-imagenet --data DIR        # DIR has train/ and val/, one folder a class
     torchrun --nproc-per-node 8 training/train.py resnet50-imagenet --data DIR
 
-Writes OUT/RECIPE/checkpoint.safetensors after every epoch, best.safetensors (the lowest validation error so far: a
-choice made on the validation set) and the log, as log.csv and for TensorBoard; in the end errors.png, a plot of it.
-SIGTERM saves in the middle of an epoch and exits with 143. Ctrl-C exits at once with 130 and keeps what was saved at
-the last epoch's end, or by SIGTERM. Every random choice follows from the recipe's seed, the epoch and the step, so on
-one CPU with the same number of processes and threads a run that was killed and resumed ends with the very weights that
-it would have had. (cuDNN may choose other kernels, which round differently.)
+Writes OUT/RECIPE/checkpoint.safetensors before and after each epoch's evaluation, best.safetensors (the lowest
+validation error so far: a choice made on the validation set) and the log, as log.csv and for TensorBoard; in the end
+errors.png, a plot of it. SIGTERM saves in the middle of an epoch and exits with 143. Ctrl-C exits at once with 130 and
+keeps what was saved last. Every random choice follows from the recipe's seed, the epoch and the step, so on one CPU
+with the same number of processes and threads a run that was killed and resumed ends with the very weights that it would
+have had. (cuDNN may choose other kernels, which round differently.)
 
 Batch norm's statistics are each process's own, as in the paper; their running means are averaged over the processes
 before each evaluation. Weights are float32; bf16 and fp16 are autocast only.

@@ -143,7 +143,8 @@ def test_a_folder_whose_files_can_t_be_checked_is_told_and_not_said_to_be_looked
         cifar.read(tmp_path, "train", cifar.CIFAR100)
     looked, there = str(told.value).split(". ", maxsplit=1)
     assert looked.endswith(": looked for cifar-100-binary.tar.gz, cifar-100-python.tar.gz, cifar-100-python/")
-    assert there.startswith("cifar-100-binary/ is there, but its files can't be checked: put cifar-100-binary.tar.gz")
+    assert there.startswith("cifar-100-binary/ is there, but its files can't be checked: ")
+    assert "put cifar-100-binary.tar.gz beside it." in there
 
 
 def test_a_missing_file_is_named(tmp_path: Path, binary: Binary) -> None:

@@ -151,27 +151,31 @@ def test_sigterm_saves_in_the_middle_of_an_epoch_and_the_run_goes_on_from_there(
     assert same(resumed, expected)
 
 
+@pytest.mark.parametrize("recipe", [TINY, RICH], ids=["short", "rich"])
 def test_an_epoch_whose_evaluation_fails_is_not_trained_again(
-    tmp_path: Path, whole: Callable[[Recipe], Checkpoint]
+    tmp_path: Path, recipe: Recipe, whole: Callable[[Recipe], Checkpoint]
 ) -> None:
+    """The last epoch, before whose evaluation a recipe's statistics are estimated again."""
     original, evaluations = train.evaluate, 0
 
     def evaluate_then_fail(*arguments: object) -> train.Errors:
         nonlocal evaluations
         evaluations += 1
-        if evaluations == 2:
+        if evaluations == recipe.epochs:
             raise DataError("damaged.JPEG can't be decoded")
         return original(*arguments)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "evaluate", evaluate_then_fail)
         with pytest.raises(DataError, match=r"damaged\.JPEG"):
-            run(tmp_path, TINY)
+            run(tmp_path, recipe)
     saved = checkpoint.load(tmp_path)
-    resumed = run(tmp_path, TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(train, "step")
+        resumed = run(tmp_path, recipe)
 
-    expected = whole(TINY)
-    assert (len(saved.history), saved.progress.steps) == (1, 96 // 16)
+    expected = whole(recipe)
+    assert (len(saved.history), saved.progress.steps, saved.finished) == (2, 96 // 16, False)
     assert [e.learning_rate for e in resumed.history] == [e.learning_rate for e in expected.history]
     assert [e.train_error for e in resumed.history] == [e.train_error for e in expected.history]
     assert same(resumed, expected)
