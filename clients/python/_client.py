@@ -2,20 +2,19 @@
 
 import collections
 import copy
-import os
 import threading
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import httpx2
 
-from resnet_ensemble.client import _protocol
+from resnet_ensemble.client import _connections, _protocol
 from resnet_ensemble.client._errors import ResnetError
 from resnet_ensemble.client._images import Image, encoded
-from resnet_ensemble.client._protocol import DEFAULT_TIMEOUT, Conversation, Options, Outcome, Request
+from resnet_ensemble.client._protocol import Conversation, Options, Outcome, Request
 from resnet_ensemble.client._retries import DEFAULT_RETRIES, DEFAULT_RETRY_SECONDS
 from resnet_ensemble.client._types import Info, Prediction
 
@@ -23,7 +22,6 @@ Answer: TypeAlias = Prediction | ResnetError | OSError
 """What `classify_many` gives for an image: its prediction, or why there is none."""
 
 _T = TypeVar("_T")
-_Http = TypeVar("_Http", httpx2.Client, httpx2.AsyncClient)
 
 
 def _check(concurrency: int) -> None:
@@ -33,44 +31,6 @@ def _check(concurrency: int) -> None:
 
 def _changed(options: Options, **given: Any) -> Options:
     return replace(options, **{name: value for name, value in given.items() if value is not None})
-
-
-class _Connections(Generic[_Http]):
-    """The connections of a client and of those that `with_options` makes of it: the caller's, or ours.
-
-    Ours are made anew in another place. A forked process has its parent's sockets, and each would read the other's
-    answers; and the sockets of an event loop end with it.
-    """
-
-    def __init__(self, given: _Http | None, make: Callable[[], _Http], place: Callable[[], object]) -> None:
-        self.ours = given is None
-        self._make: Callable[[], _Http] = make
-        self._place = place
-        # In one tuple, because threads change it; a lock could be held while the process is forked.
-        self._held: tuple[_Http, object] = (given or make(), None)  # None: not used yet
-
-    def here(self) -> _Http:
-        """Those of this place. What was closed stays closed."""
-        http, place = self._held
-        now = self._place() if self.ours else None
-        if place != now and not http.is_closed:
-            http = http if place is None else self._make()
-            self._held = (http, now)
-        return http
-
-
-def _blocking() -> httpx2.Client:
-    return httpx2.Client(timeout=DEFAULT_TIMEOUT)
-
-
-def _awaited() -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(timeout=DEFAULT_TIMEOUT)
-
-
-def _loop() -> object:
-    import asyncio  # noqa: PLC0415  # it takes long to import, and who has a Client needs none
-
-    return asyncio.get_running_loop()
 
 
 class Client:
@@ -98,7 +58,7 @@ class Client:
         http_client: httpx2.Client | None = None,
     ) -> None:
         self._options = Options(url, api_key, timeout, max_retries, retry_seconds)
-        self._connections = _Connections(http_client, _blocking, os.getpid)
+        self._connections = _connections.blocking(http_client)
         self._closes = self._connections.ours
         self._left: threading.Event | None = None  # when it is set, nobody waits for this client's answers any more
 
@@ -249,7 +209,7 @@ class AsyncClient:
         http_client: httpx2.AsyncClient | None = None,
     ) -> None:
         self._options = Options(url, api_key, timeout, max_retries, retry_seconds)
-        self._connections = _Connections(http_client, _awaited, _loop)
+        self._connections = _connections.awaited(http_client)
         self._closes = self._connections.ours
 
     async def classify(
@@ -262,7 +222,7 @@ class AsyncClient:
         abstain_below: float | None = None,
     ) -> Prediction:
         """Classify one image; see Client.classify. What has to be read or encoded is, in a thread."""
-        import asyncio  # noqa: PLC0415  # as above
+        import asyncio  # noqa: PLC0415  # it takes long to import, and who has a Client needs none
 
         content = image if isinstance(image, bytes) else await asyncio.to_thread(encoded, image)
         conversation = _protocol.predict(
@@ -287,7 +247,7 @@ class AsyncClient:
         concurrency: int = 8,
     ) -> AsyncIterator[Answer]:
         """Classify images, `concurrency` at a time, and give their answers in order; see Client.classify_many."""
-        import asyncio  # noqa: PLC0415  # as above
+        import asyncio  # noqa: PLC0415  # it takes long to import, and who has a Client needs none
 
         _check(concurrency)
         running = asyncio.Semaphore(concurrency)
@@ -352,7 +312,7 @@ class AsyncClient:
         await self.close()
 
     async def _run(self, conversation: Conversation[_T]) -> _T:
-        import asyncio  # noqa: PLC0415  # as above
+        import asyncio  # noqa: PLC0415  # it takes long to import, and who has a Client needs none
 
         outcome: Outcome = None
         while True:

@@ -2,10 +2,8 @@
 
 import asyncio
 import dataclasses
-import gc
 import inspect
 import itertools
-import os
 import subprocess
 import sys
 import threading
@@ -340,47 +338,6 @@ def test_an_asynchronous_client_closes_its_own_connections() -> None:
         return client._connections.here().is_closed
 
     assert asyncio.run(use())
-
-
-FORKED = """
-import os, sys
-from resnet_ensemble.client import Client
-
-client = Client(sys.argv[1], max_retries=0)
-labels = {client.classify(b"x").label, client.classify(b"x").label}
-child = os.fork()
-labels.add(client.with_options(timeout=5).classify(b"x").label)
-if child:
-    os.waitpid(child, 0)
-print(len(labels), flush=True)
-"""
-
-
-def test_a_forked_process_does_not_share_its_parents_connections(ports: str) -> None:
-    command = [sys.executable, "-c", FORKED, ports]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-
-    assert done.stdout.split() == ["2", "1"]  # the child's has one of its own, the parent's none
-
-
-# that a connection was not closed with its event loop
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_asynchronous_client_may_be_used_in_one_event_loop_after_the_other(ports: str) -> None:
-    client = AsyncClient(ports, max_retries=0)
-
-    async def twice() -> set[str]:
-        return {(await client.classify(b"x")).label, (await client.with_options(timeout=5).classify(b"x")).label}
-
-    found = [asyncio.run(twice()) for _ in range(3)]
-    asyncio.run(client.close())
-    gc.collect()
-
-    assert [len(labels) for labels in found] == [1, 1, 1]  # within a loop they are kept alive
-    assert len(set.union(*found)) == 3
-    with pytest.raises(RuntimeError, match="closed"):
-        asyncio.run(client.classify(b"x"))
 
 
 def test_requests_say_who_sends_them(scripted: Scripted, png: Png) -> None:

@@ -10,9 +10,10 @@ The command for it is resnet-batch.
 """
 
 from resnet_ensemble.client.batch._extras import MissingExtraError
-from resnet_ensemble.client.batch._inputs import Columns, InputError
+from resnet_ensemble.client.batch._inputs import Columns
 from resnet_ensemble.client.batch._job import Job, Summary, run
 from resnet_ensemble.client.batch._output import OutputError
+from resnet_ensemble.client.batch._places import InputError
 from resnet_ensemble.client.batch._progress import Progress
 from resnet_ensemble.client.batch._rows import COLUMNS
 from resnet_ensemble.client.batch._servers import BundleUnusableError

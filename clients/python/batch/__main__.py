@@ -22,9 +22,10 @@ from pathlib import Path
 
 from resnet_ensemble.client._errors import ResnetError
 from resnet_ensemble.client.batch._extras import MissingExtraError
-from resnet_ensemble.client.batch._inputs import Columns, InputError
+from resnet_ensemble.client.batch._inputs import Columns
 from resnet_ensemble.client.batch._job import Job, Summary, run
 from resnet_ensemble.client.batch._output import Output, OutputError, differences
+from resnet_ensemble.client.batch._places import InputError
 from resnet_ensemble.client.batch._progress import Progress, duration
 from resnet_ensemble.client.batch._selection import Seen
 from resnet_ensemble.client.batch._servers import BundleUnusableError

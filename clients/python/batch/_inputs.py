@@ -1,4 +1,4 @@
-"""Where pictures come from, one after the other: nothing is listed whole, whatever its length.
+"""Where pictures come from: the arguments of a job, and the lists and archives that they name.
 
 photos/              every picture in a folder, by its suffix, and in the folders in it
 'photos/**/*.jpg'    a pattern: *, ? and [...] within a name, ** for any folders
@@ -14,22 +14,31 @@ cat.jpg              one picture
 import base64
 import codecs
 import csv
-import fnmatch
 import gzip
 import io
 import json
 import os
-import re
-import stat
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from resnet_ensemble.client.batch._extras import MissingExtraError, needed
+from resnet_ensemble.client.batch._extras import needed
+from resnet_ensemble.client.batch._places import (
+    InputError,
+    Item,
+    driver,
+    fixed_folder,
+    has_pattern,
+    is_folder,
+    matching,
+    may_wait,
+    open_file,
+    walk,
+)
 from resnet_ensemble.client.batch._rows import printable
 
 PICTURES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -39,40 +48,6 @@ _LISTS = (*_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS), ".parquet", *_ARCHIVE
 _PARQUET_ROWS = 64  # read at a time: with bytes in a column they are pictures
 _PARQUET_BUFFER = 2**20  # bytes of a column that are read at a time
 _FIELD = 2**28  # characters in a field of a CSV list, which may be a picture; Python's own limit is 131,072
-
-
-class InputError(Exception):
-    """The inputs can't be read, or no further; the message says why."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One input.
-
-    - id: what its row is known by
-    - path: where it is, to read it and for its row
-    - content: its bytes, where they came with the list
-    - problem: why it can't be read, where that is known already
-    """
-
-    id: str
-    path: str
-    content: bytes | None = None
-    problem: str | None = None
-
-    def read(self, most: int = -1) -> bytes:
-        """The encoded picture, of a file no more than `most` bytes. Raises OSError."""
-        if self.problem is not None:
-            raise OSError(self.problem)
-        if self.content is not None:
-            return self.content
-        if "://" not in self.path and _may_wait(self.path):
-            raise OSError(f"{printable(self.path)} is no file: it may give nothing for ever")
-        with _open(self.path) as file:
-            try:
-                return file.read(most)
-            except Exception as error:
-                raise _as_os_error(self.path, error) from error
 
 
 @dataclass(frozen=True)
@@ -113,13 +88,13 @@ class Inputs:
         for argument in self._arguments:
             local = argument != "-" and "://" not in argument
             if local and has_pattern(argument):
-                folder = _fixed_folder(argument)
+                folder = fixed_folder(argument)
                 if folder and not Path(folder).is_dir():
                     raise InputError(f"{argument} matches nothing: {folder} is no folder here")
             elif local and not Path(argument).exists():
                 raise InputError(f"{argument} is no file or folder here")
             if not local and argument != "-":
-                _driver(argument)
+                driver(argument)
             if argument.endswith(".parquet"):
                 needed("pyarrow.parquet", argument)
 
@@ -134,7 +109,7 @@ class Inputs:
             unknown = argument == "-" or "://" in argument or argument.lower().endswith(_ARCHIVES)
             # With pictures in a list of text, counting would read all of them.
             unknown |= self._columns.content is not None and not argument.endswith(".parquet")
-            unknown |= _may_wait(argument)  # a pipe gives each line once, and that is for the job
+            unknown |= may_wait(argument)  # a pipe gives each line once, and that is for the job
             if unknown or (argument.endswith(".parquet") and has_pattern(argument)):
                 return None
             total += self._count(argument)
@@ -154,15 +129,15 @@ class Inputs:
                 yield from self._lines(file, argument)
         elif has_pattern(argument):
             named = argument.lower().endswith(_LISTS)
-            for item in _matching(argument, self._sort):
+            for item in matching(argument, self._sort):
                 if item.problem is not None:
                     yield item
                 elif named or not item.path.lower().endswith(_LISTS):
                     yield from self._file(item.path)
                 else:
                     self.left_out += 1
-        elif _is_folder(argument):
-            for item in _walk(argument, self._sort):
+        elif is_folder(argument):
+            for item in walk(argument, self._sort):
                 if item.problem is not None or _is_picture(item.path):
                     yield item
                 else:
@@ -185,7 +160,7 @@ class Inputs:
             ".parquet": self._parquet,
         }
         try:
-            with _open(path) as file:
+            with open_file(path) as file:
                 if name.endswith(_ARCHIVES):
                     yield from self._tar(file, path)
                 else:
@@ -314,163 +289,3 @@ def _with_content(id: str, path: str, content: object) -> Item:  # noqa: A002  #
 
 def _is_picture(path: str) -> bool:
     return path[path.rfind(".") :].lower() in PICTURES
-
-
-def has_pattern(path: str) -> bool:
-    """Whether it is a pattern; a file that is really named so is not."""
-    if path.startswith(("http://", "https://")):  # there ? begins a query, and a host may be an address in brackets
-        return any(character in "/".join(path.partition("?")[0].split("/")[3:]) for character in "*[")
-    return any(character in path for character in "*?[") and not ("://" not in path and Path(path).exists())
-
-
-def _fixed_folder(pattern: str) -> str:
-    """The folder that a pattern's walk begins in, with its slash: what comes before the first * ? or [."""
-    before = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
-    return before[: before.rfind("/") + 1]
-
-
-def _is_folder(path: str) -> bool:
-    if "://" not in path:
-        return Path(path).is_dir()
-    system, root = _driver(path)
-    try:
-        return bool(system.isdir(root))
-    except Exception as error:
-        raise InputError(f"{path} can't be read: {error}") from error
-
-
-def _driver(address: str) -> tuple[Any, str]:
-    """What reads an address, and the path in it. Raises MissingExtraError and InputError."""
-    fsspec = needed("fsspec", address)
-    try:
-        system, root = fsspec.core.url_to_fs(address)
-    except ImportError as error:
-        raise MissingExtraError(f"{address} needs a package that is not installed: {error}") from None
-    except Exception as error:
-        raise InputError(f"{address} is no address that fsspec can read: {error}") from error
-    return system, root
-
-
-def _may_wait(path: str) -> bool:
-    """Whether it is a pipe, a terminal or the like; of what can't be looked at, opening it tells."""
-    try:
-        mode = Path(path).stat().st_mode
-    except (OSError, ValueError):
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def _open(path: str) -> BinaryIO:
-    """A file, or what an address has. Raises OSError and MissingExtraError."""
-    try:
-        if "://" not in path:
-            return open(path, "rb")
-        file: BinaryIO = needed("fsspec", path).open(path, "rb").open()
-        return file
-    except (MissingExtraError, OSError):
-        raise
-    except ImportError as error:
-        raise MissingExtraError(f"{path} needs a package that is not installed: {error}") from None
-    except Exception as error:
-        raise _as_os_error(path, error) from error
-
-
-def _as_os_error(path: str, error: Exception) -> OSError:
-    """A NUL in a name is a ValueError, and what a driver of fsspec raises is its own affair."""
-    return error if isinstance(error, OSError) else OSError(f"{printable(path)}: {type(error).__name__}: {error}")
-
-
-def _walk(
-    folder: str,
-    sort: bool,
-    enters: Callable[[str], bool] = lambda _: True,
-    above: frozenset[tuple[int, int]] = frozenset(),
-) -> Iterator[Item]:
-    """The files of a folder and of those in it, and folders that can't be read; what is hidden is left out.
-
-    - enters: whether a folder in it is read; what a store has is not asked
-    - above: device and inode of the folders that it is in; a link to one of them leads nowhere new
-    """
-    if "://" in folder:
-        yield from _walk_remote(folder, sort, None)
-        return
-    try:
-        status, entries = Path(folder).stat(), os.scandir(folder)
-    except OSError as error:
-        yield Item(printable(folder), folder, problem=str(error))
-        return
-    with entries:
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            return
-        # Names only, folders with a slash: in order they are all in memory, and a million of them take 80 MB.
-        names = (name for name in map(_named, entries) if name)
-        for name in sorted(names) if sort else names:
-            path = f"{folder.rstrip('/')}/{name}"
-            if not name.endswith("/"):
-                yield Item(printable(path), path)
-            elif enters(path[:-1]):
-                yield from _walk(path[:-1], sort, enters, above | {identity})
-
-
-def _named(entry: os.DirEntry[str]) -> str:
-    """The name of a file, or of a folder with a slash; nothing for what is hidden, and for pipes and the like."""
-    if entry.name.startswith("."):
-        return ""
-    try:
-        if entry.is_dir():
-            return f"{entry.name}/"
-        return entry.name if entry.is_file() or entry.is_symlink() else ""
-    except OSError:  # links in a circle: reading it tells
-        return entry.name
-
-
-def _walk_remote(folder: str, sort: bool, depth: int | None) -> Iterator[Item]:
-    system, root = _driver(folder)
-    try:
-        for parent, _, files in system.walk(root, maxdepth=depth, on_error="raise"):
-            hidden = "/." in parent.removeprefix(root)
-            for name in sorted(files) if sort else files:
-                if name and not name.startswith(".") and not hidden:
-                    path = system.unstrip_protocol(f"{parent}/{name}")
-                    yield Item(printable(path), path)
-    except Exception as error:
-        raise InputError(f"{folder} can't be read further: {error}") from error
-
-
-def _matching(pattern: str, sort: bool) -> Iterator[Item]:
-    """The files that match a pattern."""
-    folder = _fixed_folder(pattern)
-    # Here several slashes are one; in the keys of a store they are not.
-    parts = re.split("/" if "://" in pattern else "/+", pattern.removeprefix(folder))
-    if folder and "://" not in folder and not Path(folder).is_dir():
-        return
-    prefix = f"{folder.rstrip('/')}/" if folder else "./"
-    if "://" in folder:  # as the driver writes it: memory://a is memory:///a
-        system, root = _driver(folder)
-        prefix = f"{system.unstrip_protocol(root).rstrip('/')}/"
-        found = _walk_remote(folder.rstrip("/"), sort, None if "**" in parts else len(parts))
-    else:
-        begin = folder.rstrip("/") or ("/" if folder else ".")
-        found = _walk(begin, sort, lambda path: may_hold(path.removeprefix(prefix).split("/"), parts))
-    for item in found:
-        if item.problem is None and not matches(item.path.removeprefix(prefix).split("/"), parts):
-            continue
-        path = item.path if folder else item.path.removeprefix("./")
-        yield replace(item, id=printable(path), path=path)
-
-
-def matches(path: list[str], pattern: list[str]) -> bool:
-    """Whether the parts of a path match those of a pattern: ** is any number of folders, the others are one name."""
-    if not pattern:
-        return not path
-    if pattern[0] == "**":
-        return any(matches(path[skipped:], pattern[1:]) for skipped in range(len(path) + 1))
-    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and matches(path[1:], pattern[1:])
-
-
-def may_hold(path: list[str], pattern: list[str]) -> bool:
-    """Whether something in the folder with these parts, or in those in it, can match a pattern."""
-    if not path or not pattern or pattern[0] == "**":
-        return bool(pattern)
-    return fnmatch.fnmatchcase(path[0], pattern[0]) and may_hold(path[1:], pattern[1:])

@@ -19,8 +19,9 @@ from resnet_ensemble.client._retries import retryable
 from resnet_ensemble.client._types import Info
 from resnet_ensemble.client.batch import _ray
 from resnet_ensemble.client.batch._extras import MissingExtraError
-from resnet_ensemble.client.batch._inputs import PATH_COLUMN, Columns, InputError, Inputs, Item
+from resnet_ensemble.client.batch._inputs import PATH_COLUMN, Columns, Inputs
 from resnet_ensemble.client.batch._output import Output, OutputError, form_of
+from resnet_ensemble.client.batch._places import InputError, Item
 from resnet_ensemble.client.batch._progress import Progress
 from resnet_ensemble.client.batch._reader import Reader
 from resnet_ensemble.client.batch._rows import Row

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_ensemble.client.batch._extras import MissingExtraError, needed
-from resnet_ensemble.client.batch._inputs import Item
+from resnet_ensemble.client.batch._places import Item
 from resnet_ensemble.client.batch._progress import Progress
 from resnet_ensemble.client.batch._rows import Row
 from resnet_ensemble.client.batch._sender import Sender, StopJobError

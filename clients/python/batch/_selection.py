@@ -4,7 +4,7 @@ import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator
 
-from resnet_ensemble.client.batch._inputs import Item
+from resnet_ensemble.client.batch._places import Item
 
 
 class Seen:

@@ -13,7 +13,7 @@ from resnet_ensemble.client._types import Prediction
 from resnet_ensemble.client.batch import _rows
 from resnet_ensemble.client.batch._aimd import Aimd
 from resnet_ensemble.client.batch._gate import Gate
-from resnet_ensemble.client.batch._inputs import Item
+from resnet_ensemble.client.batch._places import Item
 from resnet_ensemble.client.batch._progress import Progress
 from resnet_ensemble.client.batch._rows import Row
 from resnet_ensemble.client.batch._verdict import LONGEST_DELAY, Verdict, verdict

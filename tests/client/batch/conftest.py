@@ -1,4 +1,4 @@
-"""A batch job's server as a function: no socket, no engine."""
+"""A batch job's server as a function (no socket, no engine), and a folder of pictures."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -88,3 +88,13 @@ def do(tmp_path: Path, pictures: Path) -> Callable[..., Summary]:
         return run(replace(job, **given), connect=server(predict, bundle))
 
     return do
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """a.jpg, b/c.PNG, b/d/e.jpeg, a text file and a hidden one; it is the current folder."""
+    for name in ("a.jpg", "b/c.PNG", "b/d/e.jpeg", "b/notes.txt", "b/.hidden.jpg", ".hidden/f.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -23,7 +23,7 @@ import pytest
 from resnet_ensemble.client import ResnetError
 from resnet_ensemble.client.batch import COLUMNS, Columns, InputError, Job, OutputError, Progress, Summary, _ray, run
 from resnet_ensemble.client.batch import _job as job_module
-from resnet_ensemble.client.batch._inputs import Item
+from resnet_ensemble.client.batch._places import Item
 from resnet_ensemble.client.batch._rows import Row
 from tests.client.batch.conftest import MOST_BYTES, answered, problem, rows_of, server
 
@@ -328,14 +328,14 @@ def test_a_signal_does_not_wait_for_what_waits(do: Do) -> None:
 WAITING = """
 import os, sys, threading
 from pathlib import Path
-from resnet_ensemble.client.batch import Job, _inputs, run
+from resnet_ensemble.client.batch import Job, _places, run
 from tests.client.batch.conftest import answered, server
 
 def read(*_):
     os.write(1, b"reading\\n")
     threading.Event().wait()
 
-_inputs.Item.read = read
+_places.Item.read = read
 tell = lambda message: os.write(1, message.encode() + b"\\n")
 run(Job((__file__,), Path(sys.argv[1])), connect=server(answered), tell=tell)
 """

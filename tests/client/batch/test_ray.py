@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from resnet_ensemble.client.batch._inputs import Item
+from resnet_ensemble.client.batch._places import Item
 from resnet_ensemble.client.batch._ray import Work, Worker, _table, slabs
 from resnet_ensemble.client.batch._rows import Row, printable
 from resnet_ensemble.export.bundle import Bundle

@@ -16,7 +16,7 @@ from resnet_ensemble.client import AsyncClient, ConnectionFailedError, Info
 from resnet_ensemble.client._errors import error_class
 from resnet_ensemble.client.batch import Job, Summary, run
 from resnet_ensemble.client.batch import _sender as sender_module
-from resnet_ensemble.client.batch._inputs import Item
+from resnet_ensemble.client.batch._places import Item
 from tests.client.batch.conftest import answered, problem, rows_of, server
 
 Do = Callable[..., Summary]
