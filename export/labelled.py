@@ -2,11 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from resnet_ensemble.training.cifar import DataError
 from resnet_ensemble.training.files import read_regular
 from resnet_ensemble.training.pixels import SUFFIXES
 
@@ -44,17 +43,6 @@ def find(folder: Path, labels: tuple[str, ...]) -> list[Picture]:
         labels = tuple(names)
     numbers = {label: number for number, label in reversed([*enumerate(labels)])}  # of equal ones the first
     return [Picture(path, _label(path.relative_to(folder), numbers)) for path in files]
-
-
-def labels_of(pictures: Sequence[Picture], folder: Path) -> list[int]:
-    """Of all that `find` gave. Raises DataError if one has none: the error of a part would be taken for that of all."""
-    unknown = [picture.path for picture in pictures if picture.label is None]
-    if unknown:
-        raise DataError(
-            f"{len(unknown)} of the {len(pictures)} pictures in {folder} are in no folder that is named like a label "
-            f"of the bundle; the first is {unknown[0]}"
-        )
-    return [picture.label for picture in pictures if picture.label is not None]
 
 
 def name_of(folder: Path) -> str:

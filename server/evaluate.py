@@ -92,9 +92,14 @@ def read(data: Path, split: cifar.Split, labels: tuple[str, ...]) -> tuple[str, 
     if not data.exists():
         raise DataError(f"there is nothing at {data}")
     pictures = labelled.find(data, labels)
-    known = labelled.labels_of(pictures, data)
-    if known:
-        examples = [Example(file.read, label, str(file.path)) for file, label in zip(pictures, known, strict=True)]
+    examples = [Example(file.read, file.label, str(file.path)) for file in pictures if file.label is not None]
+    unknown = [file.path for file in pictures if file.label is None]
+    if unknown:  # the error of a part of the data would be taken for that of all
+        raise DataError(
+            f"{len(unknown)} of the {len(pictures)} pictures in {data} are in no folder that is named like a label of "
+            f"the bundle; the first is {unknown[0]}"
+        )
+    if examples:
         name = labelled.name_of(data)
         return (labelled.name_of(data / ".."), name, examples) if name in cifar.SPLITS else (name, "all", examples)
     dataset = next((known for known in cifar.DATASETS.values() if known.labels == labels), None)

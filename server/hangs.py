@@ -23,7 +23,10 @@ class Run(Generic[_T]):
 
 
 class Runs(Generic[_T]):
-    """Engine runs in progress. `limit`: seconds that each may take, or _TIMES_PLANNED of its own if these are more."""
+    """Engine runs and openings in progress.
+
+    - limit: seconds that each may take, or _TIMES_PLANNED times what was planned for it if these are more
+    """
 
     def __init__(self, limit: float) -> None:
         self._limit = limit

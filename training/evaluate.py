@@ -44,7 +44,6 @@ from resnet_ensemble.training.views import (
 )
 
 IMAGES_A_BATCH = 16  # 160 views of ten crops
-_IMAGENET_CLASSES = 1000
 Pictures = Sequence[str] | Sequence[NDArray[np.uint8]]  # paths, or uint8 (h, w, 3)
 
 
@@ -133,7 +132,7 @@ def evaluate(
     """One score a network and, with several, the ensemble's."""
     sums = [_sums(network, pictures, labels, protocol, workers) for network in networks]
     scores = [
-        _score(network.recipe.network, protocol, rows, labels, network.recipe)
+        _score(network.recipe.network, protocol, rows, labels, _of_paper(network.recipe, protocol))
         for network, rows in zip(networks, sums, strict=True)
     ]
     if len(networks) > 1:
@@ -164,13 +163,15 @@ def _by_shape(pictures: Iterator[list[NDArray[np.uint8]]]) -> Iterator[tuple[Ten
         yield torch.tensor([i for i, _ in group]), torch.from_numpy(np.stack([view for _, view in group]))
 
 
-def _score(network: str, protocol: str, sums: Tensor, labels: Sequence[int], recipe: Recipe | None = None) -> Score:
-    """`recipe`: of a network, which the paper may have trained, too."""
+def _of_paper(recipe: Recipe, protocol: str) -> paper.Row | None:
+    return paper.row(recipe.dataset, recipe.classes, recipe.network, protocol)
+
+
+def _score(
+    network: str, protocol: str, sums: Tensor, labels: Sequence[int], published: paper.Row | None = None
+) -> Score:
     hits = sums.topk(min(5, sums.shape[1])).indices == torch.tensor(labels)[:, None]  # (images, 5)
     top1, top5 = 100 * float((~hits[:, 0]).double().mean()), 100 * float((~hits.any(1)).double().mean())
-    published = None
-    if recipe and (recipe.dataset != "imagenet" or recipe.classes == _IMAGENET_CLASSES):  # that may be any folders
-        published = paper.row(recipe.dataset, network, protocol)
     return Score(network, protocol, len(labels), top1, top5, published)
 
 

@@ -39,7 +39,7 @@ def expected(recipe: Recipe) -> str:
     if not recipe.name.endswith("-paper"):
         return REACHED.get(recipe.name, "not yet run")
     protocol = "center" if recipe.dataset == "cifar10" else "10crop"
-    row = paper.row(recipe.dataset, recipe.network, protocol)
+    row = paper.row(recipe.dataset, recipe.classes, recipe.network, protocol)
     return f"{row.top1:.2f} (paper, {row.source}, {protocol})" if row else "not in the paper's tables"
 
 

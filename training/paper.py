@@ -43,9 +43,12 @@ CIFAR10: dict[tuple[str, str], Row] = {
     ("resnet110", "center"): Row(6.43, None, "Table 6, test, best of 5; mean 6.61"),
     ("resnet1202", "center"): Row(7.93, None, "Table 6, test"),
 }
-TABLES = {"imagenet": IMAGENET, "cifar10": CIFAR10}
+TABLES = {("imagenet", 1000): IMAGENET, ("cifar10", 10): CIFAR10}
 
 
-def row(dataset: str, network: str, protocol: str) -> Row | None:
-    """What the paper reports for a network under a protocol, if it does."""
-    return TABLES.get(dataset, {}).get((network, protocol))
+def row(dataset: str, classes: int, network: str, protocol: str) -> Row | None:
+    """What the paper reports for a network under a protocol, if it does.
+
+    `classes`: any folders of pictures are of the data set "imagenet", and only with a thousand may they be ImageNet's
+    """
+    return TABLES.get((dataset, classes), {}).get((network, protocol))

@@ -168,8 +168,8 @@ def train(recipe: Recipe, root: Path, folder: Path, options: Options = DEFAULTS)
                 optimizer.zero_grad()
                 if average:
                     average.update_parameters(network)
-                asked = group.world == 1 and stopping.is_set()  # several processes must all look at the same step
-                if i % LOOK_EVERY and i + 1 < stop and not asked:
+                told = group.world == 1 and stopping.is_set()  # several processes must all look at the same step
+                if i % LOOK_EVERY and i + 1 < stop and not told:
                     continue
                 last = i + 1 == stop
                 lost = not loss < DIVERGED * math.log(max(recipe.classes, 2))

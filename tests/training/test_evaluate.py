@@ -118,8 +118,8 @@ def test_classes_keep_the_numbers_of_the_training(tmp_path: Path) -> None:
 
 def test_the_table_has_the_paper_s_row_beside_ours() -> None:
     scores = [
-        Score("resnet50", "10crop", 50_000, 22.9, 6.8, paper.row("imagenet", "resnet50", "10crop")),
-        Score("resnet20", "center", 5000, 8.75, 0.3, paper.row("cifar10", "resnet20", "center")),
+        Score("resnet50", "10crop", 50_000, 22.9, 6.8, paper.row("imagenet", 1000, "resnet50", "10crop")),
+        Score("resnet20", "center", 5000, 8.75, 0.3, paper.row("cifar10", 10, "resnet20", "center")),
         Score("ensemble", "flip", 5000, 5.0, 0.2),
     ]
 
