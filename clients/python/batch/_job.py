@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,13 +177,15 @@ def run(
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(doing.run(connect or job.connect))
-    with ThreadPoolExecutor(1, thread_name_prefix="job") as pool:
+    with futures.ThreadPoolExecutor(1, thread_name_prefix="job") as pool:
         summary = pool.submit(asyncio.run, doing.run(connect or job.connect))
-        try:
-            return summary.result()
-        except KeyboardInterrupt:
-            doing.interrupt()
-            return summary.result()
+        while True:
+            try:
+                while not summary.done():
+                    futures.wait([summary], _TICK)  # a Ctrl-C that comes just before a thread waits does not wake it
+                return summary.result()
+            except KeyboardInterrupt:
+                doing.interrupt()
 
 
 def _most_bytes(served: Info) -> int | None:

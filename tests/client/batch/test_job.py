@@ -13,7 +13,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -389,21 +389,13 @@ def test_ctrl_c_where_an_event_loop_runs_already_finishes_what_is_in_flight(
         interrupt(run)
         interrupted.set()
 
-    waiting = threading.Event()  # the thread that Ctrl-C interrupts
+    waiting, wait = threading.Event(), futures.wait  # the thread that Ctrl-C interrupts
 
-    class Pool(ThreadPoolExecutor):
-        def submit(self, *given: Any, **named: Any) -> Future[Any]:
-            future = super().submit(*given, **named)
-            result = future.result
+    def wait_and_tell(*given: Any) -> Any:
+        waiting.set()
+        return wait(*given)
 
-            def wait(timeout: float | None = None) -> Any:
-                waiting.set()
-                return result(timeout)
-
-            future.result = wait  # type: ignore[method-assign]
-            return future
-
-    monkeypatch.setattr(job_module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(futures, "wait", wait_and_tell)
     monkeypatch.setattr(job_module._Run, "interrupt", interrupt_and_tell)
 
     async def predict(content: bytes) -> httpx2.Response:
