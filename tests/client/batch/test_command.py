@@ -98,7 +98,7 @@ def test_a_folder_that_fails_while_it_is_listed_is_told(
     def fail(_: object) -> str:
         raise OSError(errno.EIO, "Input/output error", str(photos))
 
-    monkeypatch.setattr("resnet_ensemble.client.batch._inputs._named", fail)
+    monkeypatch.setattr("resnet_ensemble.client.batch._places._named", fail)
 
     assert main([str(photos), "-o", str(tmp_path / "rows"), "--dry-run"]) == 2
     assert "Input/output error" in capsys.readouterr().err

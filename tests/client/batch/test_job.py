@@ -379,6 +379,15 @@ def test_a_job_runs_where_an_event_loop_runs_already(do: Do) -> None:
     assert in_a_running_loop(do).rows == 10
 
 
+@pytest.fixture
+def in_a_terminal() -> Iterator[None]:
+    """Ctrl-C is not ignored there, as it is by what a shell has begun in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
 def test_ctrl_c_where_an_event_loop_runs_already_finishes_what_is_in_flight(
     do: Do, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
