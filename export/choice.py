@@ -52,11 +52,15 @@ def choose(store: EngineStore, pictures: Mapping[str, Pictures], *, given: bool)
     expected = answers.average([answers.reference(member) for member in members])
     labels = pictures[members[0].name].encoded_labels
     refused = 0
-    for combination in fastest_first(candidates):
+    for combination in tqdm(fastest_first(candidates), "which together", unit="", leave=False, disable=None):
         found = [answers.of(member, one) for member, one in zip(members, combination, strict=True)]
-        finding = gate.compare(answers.average(found), expected, labels)
-        if finding.verdict(gate.ENSEMBLE) == "passed":
-            break
+        if all(map(_is_answer, found)):
+            average = answers.average(found)
+            # First what is quick: of six members, thousands of combinations may come before one that passes.
+            if gate.agreement(average, expected) >= gate.ENSEMBLE.agreement:
+                finding = gate.compare(average, expected, labels)
+                if finding.verdict(gate.ENSEMBLE) == "passed":
+                    break
         refused += 1
     chosen = {member.name: one.sha256 for member, one in zip(members, combination, strict=True) if one}
     choice = Choice(
@@ -128,7 +132,7 @@ class _Answers:
         """FP32's, of the fastest that passed and runs."""
         stored = [record for record in self._store.passed(member) if record.precision == "fp32"]
         answers = (self.of(member, one) for one in (*stored, None))
-        return next(found for found in answers if np.isfinite(found).all())
+        return next(filter(_is_answer, answers))
 
     def of(self, member: Member, candidate: Candidate) -> Answers:
         """NaN where the engine does not run, which is no reason to stop: others do."""
@@ -147,6 +151,11 @@ class _Answers:
                 shape = len(self._pictures[member.name].encoded), len(self._store.bundle.manifest.labels)
                 self._found[name] = np.full(shape, np.nan)
         return self._found[name]
+
+
+def _is_answer(answers: Answers) -> bool:
+    """Or of an engine that does not run."""
+    return bool(np.isfinite(answers[0, 0]) and np.isfinite(answers).all())
 
 
 def _opened(store: EngineStore, member: Member, candidate: Candidate) -> Engine:

@@ -243,7 +243,7 @@ def calibration_batches(views: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
 
 def compare(found: NDArray[np.float32], reference: NDArray[np.float32], labels: NDArray[np.int64] | None) -> Finding:
     """An engine's answers beside FP32's. One that is no number agrees with nothing, and differs by 1."""
-    top, expected = np.where(np.isfinite(found).all(1), found.argmax(1), -1), reference.argmax(1)
+    top, expected = _top(found), reference.argmax(1)
     return Finding(
         views=len(found),
         agreement=float((top == expected).mean()),
@@ -252,6 +252,16 @@ def compare(found: NDArray[np.float32], reference: NDArray[np.float32], labels: 
         error=None if labels is None else 100 * float((top != labels).mean()),
         reference_error=None if labels is None else 100 * float((expected != labels).mean()),
     )
+
+
+def agreement(found: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    """That part of `compare` which tells most of those that will not pass, in a hundredth of the time."""
+    return float((_top(found) == reference.argmax(1)).mean())
+
+
+def _top(answers: NDArray[np.float32]) -> NDArray[np.int64]:
+    top: NDArray[np.int64] = np.where(np.isfinite(answers).all(1), answers.argmax(1), -1)
+    return top
 
 
 def _differences(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:

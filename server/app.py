@@ -131,7 +131,7 @@ async def classify(request: Request) -> Response:
 
 @router.get("/livez", summary="Need it be restarted?", responses=openapi.problems("not_ready"))
 async def livez(request: Request) -> Status:
-    """Answers as soon as the server listens, and refuses while an engine hangs, which only a new process can help."""
+    """Answers as soon as the server listens. Refuses while only a new process can help: an engine hangs, or a GPU is lost."""
     service_of(request).check_alive()
     return Status()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from resnet_ensemble.export import host
 from resnet_ensemble.export.bundle import BundleError
-from resnet_ensemble.export.engines import BackendUnavailable
+from resnet_ensemble.export.engines import ON, BackendUnavailable
 from resnet_ensemble.server.awake import Awake
 from resnet_ensemble.server.classifier import Classifier, Opener, load, open_engine
 from resnet_ensemble.server.errors import ApiError
@@ -86,9 +86,9 @@ class Service:
             raise self._not_ready(down)
 
     def check_alive(self) -> None:
-        """Raise ApiError("not_ready") if an engine hangs, which only another process can help."""
-        if self._serving and (hung := self.classifier.scheduler.hung):
-            raise self._not_ready(dict.fromkeys(hung, ""))
+        """Raise ApiError("not_ready") if only another process can help: see `_is_lost`."""
+        if self._serving and (lost := {m: why for m, why in self._down(None).items() if self._is_lost(m, why)}):
+            raise self._not_ready(lost)
 
     def check_able(self, members: Sequence[int] | None = None) -> None:
         """Raise ApiError("not_ready") if an engine that died could not be opened anew.
@@ -103,6 +103,16 @@ class Service:
         down = self.classifier.scheduler.down
         return down if members is None else {member: down[member] for member in members if member in down}
 
+    def _is_lost(self, member: int, reason: str) -> bool:
+        """Whether an engine that is down hangs, or was on a GPU and can't be opened anew.
+
+        Most of CUDA's errors stay until the process ends: those of the group "this leaves the process in an
+        inconsistent state" among cudaError's descriptions.
+        """
+        classifier = self.classifier
+        on_gpu = classifier.engines[member].info.backend in ON["cuda"]
+        return member in classifier.scheduler.hung or (on_gpu and bool(reason))
+
     def _not_ready(self, down: dict[int, str]) -> ApiError:
         members = self.classifier.bundle.manifest.members
         hung = self.classifier.scheduler.hung
@@ -110,6 +120,8 @@ class Service:
         for member, reason in down.items():
             if member in hung:
                 happens = "hangs: this process must be restarted"
+            elif self._is_lost(member, reason):
+                happens = f"died, and a GPU may be lost until this process is restarted; opening it failed with {reason}"
             else:
                 happens = "died and is being opened anew" + (f"; it failed with {reason}" if reason else "")
             told.append(f"the engine of {members[member].name} {happens}")

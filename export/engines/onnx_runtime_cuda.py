@@ -11,12 +11,13 @@ two). So each size has a session of its own, and batches are padded up to a few 
 """
 
 import queue
+import sys
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import TypeVar
 
 import numpy as np
@@ -265,7 +266,8 @@ def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  
 def load(compiled: bytes, precision: Precision, threads: int = 1) -> Engine:  # noqa: ARG001  # the GPU computes
     """An engine from what `compile` made."""
     _gpu()
-    onnxruntime.preload_dlls()  # CUDA's and cuDNN's, from their packages
+    with redirect_stdout(sys.stderr):  # it prints what it does not find
+        onnxruntime.preload_dlls()  # CUDA's and cuDNN's, from their packages
     onnxruntime.set_default_logger_severity(_QUIET)  # it warns of every session that no plugin has the GPU
     crop, _, graph = compiled.partition(b"\n")
     if not crop.isdigit():

@@ -77,7 +77,7 @@ def logger_of(module: ModuleType) -> Any:
 
 
 def _make_logger(module: ModuleType) -> Any:
-    """A TensorRT logger that keeps the last things that went wrong in `errors`."""
+    """A TensorRT logger that keeps the last things that went wrong in `errors`, and counts all."""
     if not TYPE_CHECKING:
         trt = module
 
@@ -85,11 +85,13 @@ def _make_logger(module: ModuleType) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # pybind11 wants it by name
             self.errors: deque[str] = deque(maxlen=3)
+            self.count = 0
             self._warned: set[str] = set()
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
                 self.errors.append(msg)
+                self.count += 1
                 log.debug("TensorRT: %s", msg)  # what raises, tells
             elif severity == trt.ILogger.Severity.WARNING and msg not in self._warned:
                 self._warned.add(msg)  # one a layer would be too many

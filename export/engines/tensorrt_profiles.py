@@ -3,6 +3,7 @@
 A size is (n, h, w), of views uint8 (n, h, w, 3).
 """
 
+import math
 from dataclasses import dataclass
 
 from resnet_ensemble.export.engines import BUCKETS, WHOLE_VIEWS
@@ -41,10 +42,11 @@ def profiles(seen: Preprocessing) -> tuple[Profile, ...]:
     dense, *others = (shorter_side(scale, seen) for scale in (None, *SCALES))
     shortest, shorter = min(dense, *others), max(dense, *others)
     usual = quantum * round(dense * 4 / 3 / quantum)  # photographs are mostly 3:4
+    longest = quantum * math.ceil(LONGEST * shorter / quantum)  # as whole views are rounded
     n = WHOLE_VIEWS
     return (
         Profile((1, side, side), (BUCKETS[-1], side, side), (BUCKETS[-1], side, side)),
         Profile((1, side, side), (1, side, side), (FEW, side, side)),
-        Profile((1, shortest, shortest), (2, dense, usual), (n, shorter, LONGEST * shorter)),
-        Profile((1, shortest, shortest), (2, usual, dense), (n, LONGEST * shorter, shorter)),
+        Profile((1, shortest, shortest), (2, dense, usual), (n, shorter, longest)),
+        Profile((1, shortest, shortest), (2, usual, dense), (n, longest, shorter)),
     )

@@ -237,7 +237,7 @@ class _Slot:
         for size in sizes:
             self._contexts[size] = context = self._context(program.profile(size))
             self._set_shape(context, size)
-            needed = max(needed, context.update_device_memory_size_for_shapes())
+            needed = max(needed, self._scratch(context))
         self._crops.reserve(max(sizes, key=math.prod, default=(0, 0, 0)), needed)
         for size in sizes:
             context = self._contexts[size]
@@ -278,8 +278,9 @@ class _Slot:
             self._contexts[profile] = self._context(profile)
         context = self._contexts[profile]
         if self._shaped.get(profile) != (size, self._others.moves):
+            self._shaped.pop(profile, None)  # a call below may be refused, after another has changed the context
             self._set_shape(context, size)
-            self._others.reserve(size, context.update_device_memory_size_for_shapes())
+            self._others.reserve(size, self._scratch(context))
             self._bind(context, self._others)
             self._shaped[profile] = size, self._others.moves
         return context
@@ -293,15 +294,26 @@ class _Slot:
         if self._program.engine.num_optimization_profiles > 1:
             self._require(made.set_optimization_profile_async(profile, int(self._stream)), f"profile {profile}")
             self._synchronize()
+        # What a plan keeps for inspectors makes each run slower that is no graph, says the header, unless it is told here.
+        made.nvtx_verbosity = trt.ProfilingVerbosity.NONE
         return made
 
     def _set_shape(self, context: "trt.IExecutionContext", size: Size) -> None:
         self._require(context.set_input_shape(INPUT, (*size, 3)), f"views of {size}")
-        missing = context.infer_shapes()
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:  # the one call of a context that raises
+            raise TensorRtError(f"TensorRT infers no shapes from views of {size} ({error}): {self._why()}") from error
         self._require(not missing, f"a run without shapes of {missing}")
 
+    def _scratch(self, context: "trt.IExecutionContext") -> int:
+        """Bytes that a context computes in at its shape."""
+        with self._noticed("to count its memory"):
+            return int(context.update_device_memory_size_for_shapes())
+
     def _bind(self, context: "trt.IExecutionContext", memory: "_Memory") -> None:
-        context.set_device_memory(memory.scratch, memory.scratch_bytes)
+        with self._noticed("the memory to compute in"):
+            context.set_device_memory(memory.scratch, memory.scratch_bytes)
         self._require(context.set_tensor_address(INPUT, memory.device_views), f"the address of {INPUT}")
         output = self._program.output
         self._require(context.set_tensor_address(output, memory.device_answers), f"the address of {output}")
@@ -335,6 +347,13 @@ class _Slot:
     def _require(self, accepted: bool, what: str) -> None:
         if not accepted:
             raise TensorRtError(f"TensorRT refuses {what}: {self._why()}")
+
+    @contextmanager
+    def _noticed(self, what: str) -> Iterator[None]:
+        """For calls whose failure is only logged. A context would go on with what it had before, which may be gone."""
+        before = self._program.logger.count
+        yield
+        self._require(self._program.logger.count == before, what)
 
     def _why(self) -> str:
         return str(self._program.logger.explain())

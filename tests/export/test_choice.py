@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_ensemble.export import engines
+from resnet_ensemble.export import engines, gate
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.choice import choose, fastest_first
 from resnet_ensemble.export.engine_store import EngineStore, Record, fingerprint
@@ -208,6 +208,24 @@ def test_an_engine_that_does_not_run_is_not_chosen(
 
     assert chosen(store) == ["fp32", "fp32"]
     assert "resnet20/onnxruntime/int8 is not chosen: does not run here" in caplog.text
+
+
+@pytest.mark.parametrize("first", [list(range(IMAGES // 2)), b"does not run here"], ids=["wrong", "does not run"])
+def test_only_what_has_the_labels_is_compared_in_full(
+    store: EngineStore, pictures: dict[str, Pictures], monkeypatch: pytest.MonkeyPatch, first: list[int] | bytes
+) -> None:
+    for member in range(2):
+        add(store, member, "fp32", SLOW, [])
+        add(store, member, "int8", FAST, list(range(IMAGES // 2)) if member else first)
+    compared: list[Any] = []
+    compare = gate.compare
+    monkeypatch.setattr(gate, "compare", lambda *given: compared.append(given) or compare(*given))
+
+    found = choose(store, pictures, given=True)
+
+    assert sorted(map(str, chosen(store))) == ["fp32", "int8"]  # together, they are wrong on the same pictures
+    assert found.refused >= 1
+    assert len(compared) == 1
 
 
 def test_a_choice_is_kept_until_something_that_it_depends_on_changes(

@@ -12,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from resnet_ensemble.export.bundle import Bundle
+from resnet_ensemble.export.engines import EngineRunError
 from resnet_ensemble.export.engines.fake import FakeEngine
 from resnet_ensemble.server import images
 from resnet_ensemble.server.app import NOT_OF_PREDICT, create_app
@@ -206,6 +207,35 @@ def test_an_engine_that_can_not_be_opened_anew_closes_the_door(pair: Bundle, png
         assert_problem(client.post("/predict", content=png(), headers=RAW), "engine_failure")
         refused = assert_problem(client.post("/predict", content=png(), headers=RAW), "not_ready")
         assert "resnet32 died and is being opened anew; it failed with OSError: no device" in refused["detail"]
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime"])
+def test_where_an_engine_can_not_be_opened_anew_on_a_gpu_the_process_asks_to_be_restarted(
+    pair: Bundle, png: Png, backend: str
+) -> None:
+    """Most of CUDA's errors stay until the process ends; on a CPU there is nothing like that."""
+    engines: list[FakeEngine] = []
+    lost = threading.Event()
+
+    def open_with(*_: object) -> FakeEngine:
+        if lost.is_set():
+            raise EngineRunError("cudaErrorIllegalAddress")
+        engines.append(FakeEngine(10))
+        engines[-1].info = replace(engines[-1].info, backend=backend)
+        return engines[-1]
+
+    with TestClient(create_app(Service(Settings(bundle=pair.path), open_with=open_with))) as client:
+        wait_until_ready(client)
+        lost.set()
+        engines[1].kill()
+        assert_problem(client.post("/predict", content=png(), headers=RAW), "engine_failure")
+        if backend == "tensorrt":
+            refused = assert_problem(client.get("/livez"), "not_ready")
+            assert "until this process is restarted; opening it failed with EngineRunError: cudaErr" in refused["detail"]
+            assert client.get("/readyz").json()["detail"] == refused["detail"]
+            lost.clear()
+            wait_until_ready(client)
+        assert client.get("/livez").status_code == 200
 
 
 def test_a_hung_engine_is_told_by_liveness_and_to_whom_it_concerns(serve: Serve, png: Png) -> None:

@@ -311,6 +311,7 @@ class TensorRt:
     DataType = enumeration("DataType", "FLOAT", "UINT8", "INT8")
     ExecutionContextAllocationStrategy = enumeration("Strategy", "STATIC", "USER_MANAGED")
     LayerInformationFormat = enumeration("LayerInformationFormat", "ONELINE", "JSON")
+    ProfilingVerbosity = enumeration("ProfilingVerbosity", "LAYER_NAMES_ONLY", "NONE", "DETAILED")
 
     def __init__(self, cudart: Cudart) -> None:
         self.cudart = cudart
@@ -337,12 +338,12 @@ class TensorRt:
         if about["device"] != "Fake GPU":
             logger.log(Severity.ERROR, "The engine plan file is generated on an incompatible device")
             return None
-        return Engine(self, graph, about)
+        return Engine(self, graph, about, logger)
 
 
 class Engine:
-    def __init__(self, module: TensorRt, graph: bytes, about: dict[str, Any]) -> None:
-        self.module, self.about = module, about
+    def __init__(self, module: TensorRt, graph: bytes, about: dict[str, Any], logger: Any) -> None:
+        self.module, self.about, self.logger = module, about, logger
         self.profiles = about["profiles"]
         self.num_optimization_profiles = len(self.profiles)
         self.num_io_tensors = 2
@@ -386,6 +387,7 @@ class Context:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.module, self.cudart = engine, engine.module, engine.module.cudart
         self.profile = 0
+        self.nvtx_verbosity = self.module.ProfilingVerbosity.DETAILED  # as the plan was built
         self.shape: tuple[int, ...] | None = None
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
@@ -404,21 +406,26 @@ class Context:
             fits = all(low <= n <= high for low, n, high in zip([*least, 3], shape, [*most, 3], strict=True))
             if name != "views" or not fits or not accepted:
                 return False
-            self.shape, self.scratch = shape, (0, 0)
+            self.shape = shape  # what it computes in stays what it was, large enough or not
             return True
 
     def infer_shapes(self) -> list[str]:
-        return [] if self.shape and "infer_shapes" not in self.module.refused else ["views"]
+        if "infer_shapes" in self.module.refused:
+            raise RuntimeError("infer_shapes error code: -1")
+        return [] if self.shape else ["views"]
 
     def update_device_memory_size_for_shapes(self) -> int:
         forbid(self.shape is None, "memory counted before there is a shape")
         assert self.shape is not None
+        if self._fails("update_device_memory_size_for_shapes"):
+            return 0
         return SCRATCH * self.shape[0]
 
     def set_device_memory(self, memory: int, size: int) -> None:
         with self._changed("set_device_memory"):
             self.cudart.find(memory, size, self.cudart.device)
-            self.scratch = (memory, size)
+            if not self._fails("set_device_memory"):
+                self.scratch = (memory, size)
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         with self._changed("set_tensor_address") as accepted:
@@ -437,6 +444,7 @@ class Context:
             forbid(self.shape is None, "a run without shapes")
             assert self.shape is not None
             forbid(self.scratch[1] < SCRATCH * self.shape[0], f"a run with {self.scratch[1]} bytes to compute in")
+            forbid(self.nvtx_verbosity is not self.module.ProfilingVerbosity.NONE, "a run that is slow for a profiler")
             if live.capturing is None:
                 forbid(self.captured, "a captured context run by itself, its graph may run too")
                 self.enqueued.add(self.shape)
@@ -463,6 +471,12 @@ class Context:
                 ctypes.memmove(addresses["probabilities"], answers.ctypes.data, answers.nbytes)
 
         return work
+
+    def _fails(self, method: str) -> bool:
+        """As calls do that only log it."""
+        if method in self.module.refused:
+            self.engine.logger.log(Severity.ERROR, f"{method}: an error that nobody returns")
+        return method in self.module.refused
 
     @contextlib.contextmanager
     def _changed(self, method: str) -> Iterator[bool]:
