@@ -236,6 +236,7 @@ def _row(store: EngineStore, workshop: Workshop, backend: str, precision: Precis
     try:
         record, compiled = workshop.build(backend, precision)
     except (EngineBuildError, EngineLoadError, EngineRunError) as error:  # the other engines may still be good
+        engines.check_not_lost(engines.backend(backend), f"{member.name}/{backend}/{precision}", error)
         return Row(member.name, backend, precision, None, f"failed: {error}")
     store.add(record, compiled)
     return Row(member.name, backend, precision, record, "built")

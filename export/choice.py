@@ -147,6 +147,7 @@ class _Answers:
             except (EngineLoadError, EngineRunError) as error:
                 if candidate is None:
                     raise
+                engines.check_not_lost(engines.backend(candidate.backend), name, error)
                 log.warning("%s is not chosen: %s", name, error)
                 shape = len(self._pictures[member.name].encoded), len(self._store.bundle.manifest.labels)
                 self._found[name] = np.full(shape, np.nan)

@@ -4,13 +4,13 @@
     python export/gpu_check.py bundles/mine --report runs/gpu
     make gpu-check
 
-TensorRT has not been run on a GPU yet; this is what tells. Each check stands alone, so that one that fails hides no
-other. For each member, of TensorRT and of ONNX Runtime, in each precision: is an engine built, does it give the answers
-of ONNX Runtime's FP32 on the CPU, in batches of every size and to whole views, do runs side by side give what they give
+TensorRT has not been run on a GPU yet; this is what tells. Each check stands alone, and each engine has a process of
+its own, so that one that fails hides no other: most of CUDA's errors stay until a process ends, and libraries crash.
+For each member, of TensorRT and of ONNX Runtime, in each precision: is an engine built, does it give the answers of
+ONNX Runtime's FP32 on the CPU, in batches of every size and to whole views, do runs side by side give what they give
 one by one, do whole views of extreme sizes run, are batches of changing sizes as quick as those of one, how many
 views/s does it do for each batch, can it be closed? What does TensorRT tell of its layers, are all batches captured as
-CUDA graphs, and at last, are damaged plans refused? Writes gpu-check.md and gpu-check.json after every engine, should a
-library crash.
+CUDA graphs, and at last, are damaged plans refused? Writes gpu-check.md and gpu-check.json after every engine.
 
 Exit code 0: all held, or there is no GPU to check. 1: something did not hold, or there is a driver and yet no GPU, no
 TensorRT or no ONNX Runtime that can use it. 2: a member that was asked for is not there.
@@ -19,8 +19,10 @@ TensorRT or no ONNX Runtime that can use it. 2: a member that was asked for is n
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import platform
 import runpy
+import signal
 import statistics
 import sys
 import time
@@ -31,8 +33,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 if importlib.util.find_spec("resnet_ensemble") is None:
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "training" / "environment.py"))
@@ -96,16 +99,17 @@ class Report:
         except Exception as error:  # noqa: BLE001  # whatever fails here is what somebody wants to read
             kind = "" if isinstance(error, DoesNotHold) else f"{type(error).__name__}: "
             where = "" if isinstance(error, DoesNotHold) else f" ({_place(error)})"
-            self._add(Check(name, held=False, found=f"{kind}{error}{where}"))
+            self.add(Check(name, held=False, found=f"{kind}{error}{where}"))
             return None
-        self._add(Check(name, held=True, found=found))
+        self.add(Check(name, held=True, found=found))
         return made
 
     def skip(self, name: str, why: str) -> None:
         """Keep that a check could not be tried."""
-        self._add(Check(name, held=None, found=why))
+        self.add(Check(name, held=None, found=why))
 
-    def _add(self, check: Check) -> None:
+    def add(self, check: Check) -> None:
+        """Keep what a check found."""
         self.checks.append(check)
         print(f"{MARKS[check.held]}: {check.name}", file=sys.stderr)
 
@@ -132,7 +136,53 @@ class Report:
         (folder / "gpu-check.json").write_text(json.dumps(asdict(self) | {"held": self.held}, indent=1) + "\n")
 
 
-def check_all(bundle: Bundle, members: list[str], precisions: list[Precision], folder: Path) -> Report:
+class _Sent(Report):
+    """What a process finds for another."""
+
+    def __init__(self, to: Connection) -> None:
+        super().__init__({})
+        self._to = to
+
+    def add(self, check: Check) -> None:
+        """Send it at once: the next check may end the process."""
+        self._to.send(check)
+
+
+def apart(report: Report, title: str, work: Callable[..., T], *given: Any) -> T | None:
+    """`work(report, *given)` in a process of its own. What it returns, or None if the process ended before."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process that has asked CUDA anything can't use it
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, work, given))
+    process.start()
+    sender.close()
+    made = None
+    try:
+        while isinstance(found := receiver.recv(), Check):
+            report.add(found)
+        made, rates = found
+        report.rates |= rates
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        report.add(Check(f"{title}: all else", held=False, found=f"its process ended with {ended}"))
+    process.join()
+    return made
+
+
+def _work(to: Connection, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    report = _Sent(to)
+    to.send((work(report, *given), report.rates))
+
+
+def check_all(
+    bundle: Bundle,
+    members: list[str],
+    precisions: list[Precision],
+    folder: Path,
+    *,
+    apart: Callable[..., Any] = apart,
+) -> Report:
     """Every check of TensorRT, and of ONNX Runtime's engine for GPUs, written to a folder.
 
     Raises BackendUnavailable where neither runs.
@@ -166,11 +216,12 @@ def check_all(bundle: Bundle, members: list[str], precisions: list[Precision], f
             elif expected is None:
                 report.skip(f"{title}: all", "there is no reference")
             else:
-                built = _check_engine(report, title, bundle, member, name, precision, pictures, expected)
+                given = title, bundle, member, name, precision, pictures, expected
+                built = apart(report, title, _check_engine, *given)
                 plan = plan or (built if name == "tensorrt" else None)
             report.write(folder)
-    if plan is not None:  # the last, since a library may crash over them
-        report.run("damaged plans", lambda: _damaged(engines.backend("tensorrt"), plan))
+    if plan is not None:
+        apart(report, "damaged plans", _check_damaged, plan)
     elif "tensorrt" in found:
         report.skip("damaged plans", "nothing was built")
     report.write(folder)
@@ -376,6 +427,10 @@ def _rate(engine: Engine, views: NDArray[np.uint8], *, threads: int) -> float:
 def _close(engine: Engine) -> tuple[None, str]:
     engine.close()
     return None, "freed without an error"
+
+
+def _check_damaged(report: Report, plan: bytes) -> None:
+    report.run("damaged plans", lambda: _damaged(engines.backend("tensorrt"), plan))
 
 
 def _damaged(backend: engines.Backend, plan: bytes) -> tuple[None, str]:

@@ -131,7 +131,10 @@ async def classify(request: Request) -> Response:
 
 @router.get("/livez", summary="Need it be restarted?", responses=openapi.problems("not_ready"))
 async def livez(request: Request) -> Status:
-    """Answers as soon as the server listens. Refuses while only a new process can help: an engine hangs, or a GPU is lost."""
+    """Answers as soon as the server listens, and refuses while only a new process can help.
+
+    That is while an engine hangs, or one on a GPU can't be opened anew.
+    """
     service_of(request).check_alive()
     return Status()
 

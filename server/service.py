@@ -121,7 +121,7 @@ class Service:
             if member in hung:
                 happens = "hangs: this process must be restarted"
             elif self._is_lost(member, reason):
-                happens = f"died, and a GPU may be lost until this process is restarted; opening it failed with {reason}"
+                happens = f"died; a GPU may be lost until this process is restarted, opening it failed with {reason}"
             else:
                 happens = "died and is being opened anew" + (f"; it failed with {reason}" if reason else "")
             told.append(f"the engine of {members[member].name} {happens}")

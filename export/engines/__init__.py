@@ -76,6 +76,9 @@ class Backend(Protocol):
         For int8 and fp8, a quantized graph. Raises EngineBuildError, BackendUnavailable.
         """
 
+    def is_lost(self) -> bool:
+        """Whether this process can't use the device any more, as after most of CUDA's errors."""
+
     def load(self, compiled: bytes, precision: Precision, threads: int = 1) -> Engine:
         """An engine from what `compile` made. Raises EngineLoadError, BackendUnavailable.
 
@@ -120,6 +123,10 @@ class EngineLoadError(BackendUnavailable):
     """A compiled engine does not run on this host; the message says why and what to do."""
 
 
+class DeviceLost(BackendUnavailable):
+    """Not to be used any more by this process; another one can."""
+
+
 class EngineRunError(RuntimeError):
     """An engine failed while it ran or was made ready; the message says what the library said."""
 
@@ -131,6 +138,15 @@ def backend(name: str) -> Backend:
     except ImportError as error:
         raise not_installed(name, error) from None
     return module
+
+
+def check_not_lost(backend: Backend, engine: str, error: Exception) -> None:
+    """Raise DeviceLost if the failure of an engine has lost the device: all others would fail, too."""
+    if backend.is_lost():
+        raise DeviceLost(
+            f"this process lost its GPU over {engine} ({error}). What was built before is kept: run this again, and "
+            "leave that one out (--precision, --only)"
+        ) from error
 
 
 def sources(name: str) -> tuple[Path, ...]:

@@ -65,6 +65,11 @@ def probe(cudart: ModuleType) -> Gpu:
     )
 
 
+def is_lost(cudart: ModuleType) -> bool:
+    """Whether this process can't use the GPU any more: most of CUDA's errors come back until it ends."""
+    return int(cudart.cudaDeviceSynchronize()[0]) != 0
+
+
 def has_driver() -> bool:
     """Whether NVIDIA's driver can be loaded, whatever comes of it."""
     try:

@@ -118,6 +118,11 @@ def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  
         return file.read_bytes()
 
 
+def is_lost() -> bool:
+    """A CPU is not lost."""
+    return False
+
+
 def load(compiled: bytes, precision: Precision, threads: int = 1) -> Engine:
     """An engine from what `compile` made."""
     return OnnxRuntimeEngine(compiled, precision, threads)

@@ -35,6 +35,7 @@ from resnet_ensemble.export.engines import (
     EngineRunError,
     Form,
     Precision,
+    gpu,
     onnx_runtime,
 )
 from resnet_ensemble.export.engines.gpu import Gpu, probe
@@ -261,6 +262,11 @@ def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  
 
         graph = lowered(graph, "fp16")
     return b"%d\n" % seen.crop + graph
+
+
+def is_lost() -> bool:
+    """Whether this process can't use the GPU any more."""
+    return gpu.is_lost(cudart)
 
 
 def load(compiled: bytes, precision: Precision, threads: int = 1) -> Engine:  # noqa: ARG001  # the GPU computes

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from cuda.bindings import runtime as cudart
 
-from resnet_ensemble.export.engines import BUCKETS, Engine, Form, Precision, not_installed, tensorrt_builder
+from resnet_ensemble.export.engines import BUCKETS, Engine, Form, Precision, gpu, not_installed, tensorrt_builder
 from resnet_ensemble.export.engines.gpu import Gpu, probe
 from resnet_ensemble.export.engines.tensorrt_builder import Timings
 from resnet_ensemble.export.engines.tensorrt_profiles import profiles
@@ -56,6 +56,11 @@ def compile(graph: bytes, precision: Precision, seen: Preprocessing) -> bytes:  
     plan = tensorrt_builder.build(_module(), for_tensorrt(graph, precision), profiles(seen), timings=_timings)
     tensorrt_builder.check_types(plan.layers, precision)
     return plan.content
+
+
+def is_lost() -> bool:
+    """Whether this process can't use the GPU any more."""
+    return gpu.is_lost(cudart)
 
 
 def load(compiled: bytes, precision: Precision, threads: int = 1) -> Engine:  # noqa: ARG001  # the GPU computes

@@ -294,7 +294,7 @@ class _Slot:
         if self._program.engine.num_optimization_profiles > 1:
             self._require(made.set_optimization_profile_async(profile, int(self._stream)), f"profile {profile}")
             self._synchronize()
-        # What a plan keeps for inspectors makes each run slower that is no graph, says the header, unless it is told here.
+        # Unless told, runs that are no graphs pay for what the plan keeps for inspectors, says the header.
         made.nvtx_verbosity = trt.ProfilingVerbosity.NONE
         return made
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from resnet_ensemble.export import gpu_check
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines import BUCKETS, onnx_runtime_cuda, tensorrt_builder, tensorrt_gpu
 from resnet_ensemble.export.engines.tensorrt_builder import BuildFailed, Plan
-from resnet_ensemble.export.gpu_check import SLOWEST_IN_TURN, Report
+from resnet_ensemble.export.gpu_check import SLOWEST_IN_TURN, Check, Report
 from tests.export.engines import fake_gpu
 from tests.export.engines.fake_gpu import Cudart, TensorRt
 from tests.export.engines.fake_sessions import Sessions
@@ -50,7 +52,13 @@ def bundle(shipped: Bundle, tmp_path: Path) -> Bundle:
 
 
 def check(bundle: Bundle, folder: Path, *precisions: Any) -> Report:
-    return gpu_check.check_all(bundle, [bundle.manifest.members[0].name], list(precisions or ["fp32"]), folder)
+    members = [bundle.manifest.members[0].name]
+    return gpu_check.check_all(bundle, members, list(precisions or ["fp32"]), folder, apart=within)
+
+
+def within(report: Report, _title: str, work: Callable[..., Any], *given: Any) -> Any:
+    """Instead of `apart`: another process would not have the fakes."""
+    return work(report, *given)
 
 
 def found(report: Report, name: str) -> gpu_check.Check:
@@ -190,6 +198,36 @@ def test_precisions_that_the_gpu_lacks_are_not_tried(
 
     assert found(report, "fp8: all").found.endswith("does not compute in fp8")
     assert not report.held
+
+
+def checked(report: Report, found: str) -> int:
+    report.run("some", lambda: (None, found))
+    report.rates["engine"] = {"1": [2.0]}
+    return os.getpid()
+
+
+def crashed(report: Report) -> None:
+    report.run("some", lambda: (None, "found before"))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_engine_is_checked_in_a_process_of_its_own() -> None:
+    report = Report({})
+
+    assert gpu_check.apart(report, "engine", checked, "right") not in (None, os.getpid())
+    assert report.checks == [Check("some", held=True, found="right")]
+    assert report.rates == {"engine": {"1": [2.0]}}
+
+
+def test_a_library_that_crashes_is_a_finding_and_what_was_found_before_is_kept() -> None:
+    report = Report({})
+
+    assert gpu_check.apart(report, "engine", crashed) is None
+    assert report.checks == [
+        Check("some", held=True, found="found before"),
+        Check("engine: all else", held=False, found="its process ended with SIGKILL"),
+    ]
+    assert gpu_check.apart(report, "next", checked, "right") is not None
 
 
 def test_without_a_gpu_the_command_says_so_and_ends_well(root: Path, tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_where_an_engine_can_not_be_opened_anew_on_a_gpu_the_process_asks_to_be_
         assert_problem(client.post("/predict", content=png(), headers=RAW), "engine_failure")
         if backend == "tensorrt":
             refused = assert_problem(client.get("/livez"), "not_ready")
-            assert "until this process is restarted; opening it failed with EngineRunError: cudaErr" in refused["detail"]
+            assert "failed with EngineRunError: cudaErrorIllegalAddress" in refused["detail"]
             assert client.get("/readyz").json()["detail"] == refused["detail"]
             lost.clear()
             wait_until_ready(client)

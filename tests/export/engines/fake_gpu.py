@@ -43,6 +43,7 @@ class CudaErrorCode(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
+    cudaErrorIllegalAddress = 700
     cudaErrorStreamCaptureUnsupported = 900
 
 
@@ -62,6 +63,7 @@ class Cudart:
 
     - error, count: what the probe finds
     - fails: by a function's name, which of its calls (0, 1, ...) gives which error
+    - lost: every call that needs the process's context gives the error that broke it
     """
 
     cudaStreamNonBlocking = 1
@@ -71,6 +73,7 @@ class Cudart:
     def __init__(self, *, error: int = 0, count: int = 1) -> None:
         self.error, self.count = CudaErrorCode(error), count
         self.fails: dict[str, dict[int, CudaErrorCode]] = {}
+        self.lost = False
         self.device: dict[int, Any] = {}
         self.pinned: dict[int, Any] = {}
         self.streams: dict[int, Stream] = {}
@@ -105,6 +108,9 @@ class Cudart:
 
     def cudaDriverGetVersion(self) -> tuple[Any, ...]:
         return self._outcome("cudaDriverGetVersion", lambda: 13000)
+
+    def cudaDeviceSynchronize(self) -> tuple[Any, ...]:
+        return self._outcome("cudaDeviceSynchronize", lambda: None)
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         return self._outcome("cudaMalloc", lambda: self._allocate(size, self.device))
@@ -215,6 +221,8 @@ class Cudart:
         call = self._calls.get(name, 0)
         self._calls[name] = call + 1
         error = self.fails.get(name, {}).get(call, CudaErrorCode.cudaSuccess)
+        if self.lost and name not in ("cudaGetDeviceProperties", "cudaDriverGetVersion"):
+            error = CudaErrorCode.cudaErrorIllegalAddress
         value = None if error else made()
         return (error,) if value is None and not error else (error, value)
 

@@ -190,6 +190,28 @@ def test_an_engine_that_can_t_be_built_does_not_stop_the_others(
     assert rows_of(rows) == {"fp32": "passed", "fp16": "failed: TensorRT found no plan: no tactics"}
 
 
+def test_an_engine_that_loses_the_gpu_ends_it_all_and_what_was_built_before_is_kept(
+    cudart: Cudart, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever came after it would fail, too, and be taken for bad."""
+    member = bundle.manifest.members[0]
+    load = tensorrt_gpu.load
+
+    def breaking(compiled: bytes, precision: engines.Precision, threads: int = 1) -> engines.Engine:
+        cudart.lost = precision == "fp16"
+        return load(compiled, precision, threads)
+
+    monkeypatch.setattr(tensorrt_gpu, "load", breaking)
+    with pytest.raises(engines.DeviceLost, match=r"over small/tensorrt/fp16 \(cudaErrorIllegalAddress.*--precision"):
+        build_all(bundle, members=[member.name], precisions=["fp32", "fp16", "bf16"], device="cuda")
+
+    cudart.lost = False
+    store = EngineStore(bundle)
+    assert store.find(member, "tensorrt", "fp32")
+    assert not store.find(member, "tensorrt", "fp16")
+    assert not store.find(member, "tensorrt", "bf16")
+
+
 @pytest.mark.parametrize("answer", [float("nan"), 1.0])
 def test_an_engine_that_computes_nonsense_is_not_chosen_and_does_not_stop_the_others(
     cudart: Cudart, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, answer: float
