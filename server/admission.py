@@ -42,7 +42,8 @@ def ranks(
     The first image competes as the only image of a request would. The following ones rank as if they came when they
     would be run if all requests shared the engines equally; but with more others than that, as if they came after the
     spare seconds, or in every second turn if that is later: otherwise a large request would wait for as long as there
-    are new ones. Never later than after half of the request's time.
+    are new ones. Never later than after half of the request's time. If its images take longer than was expected, those
+    that are still in line are moved back accordingly (dispatch.py).
     """
     left = max(0.0, deadline - now)
     first = now + min(left, longest_wait)

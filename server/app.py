@@ -190,7 +190,12 @@ async def info(request: Request) -> Info:
     )
 
 
-@router.get("/metrics", summary="Measurements for Prometheus", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Measurements for Prometheus",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def measurements(request: Request) -> Response:
     """The Prometheus text format."""
     return Response(service_of(request).measurements(), media_type=metrics.CONTENT_TYPE)

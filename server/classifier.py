@@ -24,7 +24,7 @@ from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.jobs import Blocks, Job, Tally
 from resnet_ensemble.server.metrics import Metrics
 from resnet_ensemble.server.revival import close
-from resnet_ensemble.server.scheduler import EngineFailure, EngineHung, Scheduler
+from resnet_ensemble.server.scheduler import EngineFailure, EngineGone, EngineHung, Scheduler
 from resnet_ensemble.server.schemas import Options, Prediction
 from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.server.strategies import Strategies, Strategy
@@ -235,8 +235,8 @@ class Classifier:
             return error.as_value()
         except TimeoutError:
             return ApiError("deadline_exceeded", "the image was not answered in the time that the request has")
-        except EngineHung:
-            return hangs()
+        except (EngineHung, EngineGone) as error:
+            return unavailable(error)
         except EngineFailure:
             log.exception("engine failure")
             return ApiError("engine_failure", "a model failed on this image, even when it was run alone")
@@ -363,9 +363,11 @@ def refused(error: Overloaded) -> ApiError:
     return ApiError("overloaded", str(error), retry_after=error.retry_after, reason=error.reason)
 
 
-def hangs() -> ApiError:
-    """What a client is told whose image waits for an engine that hangs. Another process may answer."""
-    return ApiError("not_ready", "a model does not end what it runs; this process must be restarted", retry_after=1)
+def unavailable(error: EngineHung | EngineGone) -> ApiError:
+    """What a client is told whose image waits for an engine that hangs, or is gone. Another process may answer."""
+    if isinstance(error, EngineHung):
+        return ApiError("not_ready", "a model does not end what it runs; this process must be restarted", retry_after=1)
+    return ApiError("not_ready", "a model's engine died, and could not be opened anew yet", retry_after=1)
 
 
 def _cost(bundle: Bundle, member: Member, engine: Engine, settings: Settings) -> Cost:

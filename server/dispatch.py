@@ -36,6 +36,9 @@ _WINDOW = 0.5
 # 1.01 s with 1.5; that of refusals 27 to 41 ms, and 31 to 144 (CIFAR-10 center, three rounds of 8 s; two Zen 3 cores,
 # 2026-11-26).
 _CAUTION = 2.0
+# An image may take so many times what was expected before its request counts as slow: other work slows it down, too.
+_USUAL = 1.5
+_STEP = 0.05  # seconds of rank: images are not moved back by less
 _NOTHING = np.zeros((0, 0, 0, 3), np.uint8)
 
 
@@ -88,6 +91,7 @@ class Dispatcher:
         self._paused: set[int] = set()
         self._backlog = Backlog()
         self._requests: Counter[int] = Counter()  # images in progress of each
+        self._late: dict[int, float] = {}  # by request: seconds that its images took beyond what was expected
         self._unfinished = 0  # views of images in progress that may still be run
         self._shares = Mean(1.0)  # by (protocol, rule): of the plan's seconds, how many were needed
         self._decodings = Mean()  # by protocol: seconds until an image is decoded and its views are made
@@ -132,7 +136,11 @@ class Dispatcher:
         if not self._requests:
             self._progress.begin(now)
         request = next(self._numbers)
-        jobs = [Job(rank, next(self._numbers), request, plan, rule, expected, decoding) for rank in given]
+        pace, left = self._progress.rate, max(0.0, deadline - now)
+        jobs = [
+            Job(rank, next(self._numbers), request, plan, rule, expected, decoding, pace, given[0] + left / 2)
+            for rank in given
+        ]
         for job in jobs:
             self._backlog.enter(job.rank, job.expected)
             self._requests[request] += 1
@@ -151,6 +159,7 @@ class Dispatcher:
         """An image was decoded, in so many seconds of a thread's time: queue what it needs first."""
         self._decodings.add(job.plan.protocol, seconds)
         if job.active:
+            self._took(job, seconds, job.decoding)
             self._expect(job, job.expected - job.decoding)
             self._progress.done(now, job.decoding, self._backlog.before(math.inf))
             self.submit(now, job, blocks)
@@ -184,6 +193,7 @@ class Dispatcher:
         self._requests[job.request] -= 1
         if not self._requests[job.request]:
             del self._requests[job.request]
+            self._late.pop(job.request, None)
         return True
 
     def can(self, *, decode: bool, run: bool) -> bool:
@@ -201,8 +211,11 @@ class Dispatcher:
     def done(self, batch: Batch, probabilities: NDArray[np.float32], now: float) -> list[Job]:
         """Add up the answers (n, classes) of a batch; the images that are done."""
         finished, start = [], 0
+        slowness = (now - batch.began) / batch.seconds if batch.seconds else 1.0
         for part in batch.parts:
             stop = start + len(part.views)
+            planned = part.stage.seconds * len(part.views)
+            self._took(part.job, slowness * planned, planned)
             if self._add(part, probabilities[start:stop]):
                 self._shares.add((part.job.plan.protocol, part.job.rule.name), _ratio(part.job))
                 self.release(part.job)
@@ -267,11 +280,29 @@ class Dispatcher:
             raise Overloaded(predicted, limit, "deadline" if limit < self._max_wait else "wait")
         return given
 
+    def _took(self, job: Job, seconds: float, expected: float) -> None:
+        """Part of an image took so long. Where that is more than expected, the rest of its request is moved back."""
+        if job.active and self._requests[job.request] > 1:
+            late = self._late.get(job.request, 0.0) + (seconds - _USUAL * expected) / job.pace
+            self._late[job.request] = max(0.0, late)
+
     def _first_undecoded(self) -> Job:
         """There is one."""
-        while self._undecoded[0][-1].decode is None:
+        while (job := self._undecoded[0][-1]).decode is None or self._move(job):
             heapq.heappop(self._undecoded)
-        return self._undecoded[0][-1]
+            if job.decode is not None:
+                heapq.heappush(self._undecoded, (job.rank, job.order, job))
+        return job
+
+    def _move(self, job: Job) -> bool:
+        """Move an image back, to the rank that `ranks` would have given it, had it known. Whether it was moved."""
+        rank = min(job.rank - job.moved + 2 * self._late.get(job.request, 0.0), job.latest)
+        if rank < job.rank + _STEP:
+            return False
+        self._backlog.leave(job.rank, job.expected)
+        job.rank, job.moved = rank, job.moved + rank - job.rank
+        self._backlog.enter(job.rank, job.expected)
+        return True
 
     def _decodes_before(self, key: Key) -> bool:
         """Whether who can do both decodes an image before a batch of this queue is run.
@@ -348,7 +379,7 @@ class Dispatcher:
                 part.job.queued += now - part.job.since
             self._shrink(key, count)
             room -= count
-        return Batch(key[0], parts, sum(part.stage.seconds * len(part.views) for part in parts))
+        return Batch(key[0], parts, sum(part.stage.seconds * len(part.views) for part in parts), now)
 
     def _add(self, part: Part, probabilities: NDArray[np.float32]) -> bool:
         """Whether its image is done. What was released meanwhile is ignored."""

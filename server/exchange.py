@@ -65,14 +65,18 @@ class BodyLimit:
             raise ApiError("request_too_large", f"the request's body may have at most {self._most} bytes")
 
 
-async def read(exchange: Exchange, take: Callable[[bytes], None], allowed: float, deadline: float) -> None:
-    """Give a body to `take`. It may take `allowed` seconds, and no longer than the request has.
+async def read(
+    exchange: Exchange, count: Callable[[int], None], take: Callable[[bytes], None], allowed: float, deadline: float
+) -> None:
+    """Give a body to `take`, and the sizes of its pieces to `count` before.
 
-    Raises ApiError: "slow_upload", "deadline_exceeded", "request_too_large", and what `take` raises.
+    It may take `allowed` seconds, and no longer than the request has. Raises ApiError: "slow_upload",
+    "deadline_exceeded", "request_too_large", and what `count` and `take` raise.
     """
     until = time.monotonic() + allowed
     try:
         while (chunk := await exchange.chunk(min(until, deadline))) is not None:
+            count(len(chunk))
             take(chunk)
     except TimeoutError:
         if deadline < until:
@@ -81,10 +85,9 @@ async def read(exchange: Exchange, take: Callable[[bytes], None], allowed: float
         raise ApiError("slow_upload", f"the request's body did not arrive within {allowed:g} s") from None
 
 
-def body_size(headers: Mapping[bytes, bytes], largest: int) -> int:
-    """What the body will have at most."""
-    length = _announced(headers.get(b"content-length", b""))
-    return largest if length is None else min(length, largest)
+def announced(headers: Mapping[bytes, bytes], largest: int) -> int:
+    """What the body will have, or 0 if that is not said; what is above `largest` is never read."""
+    return min(_announced(headers.get(b"content-length", b"")) or 0, largest)
 
 
 def _announced(length: bytes) -> int | None:

@@ -41,6 +41,9 @@ class Job:
     rule: StopRule
     expected: float  # seconds of work still to come, by what images of this kind took
     decoding: float  # of these, until it is decoded
+    pace: float  # seconds of expected work in a second, when it was admitted
+    latest: float  # how far its rank may be moved back
+    moved: float = 0.0  # how far it was
     future: "Future[Tally]" = field(default_factory=Future)
     active: bool = True  # until it is answered, failed or released
     sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
@@ -75,6 +78,7 @@ class Batch:
     member: int
     parts: list[Part]
     seconds: float  # as planned
+    began: float
 
     @property
     def views(self) -> int:

@@ -38,6 +38,8 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        for reason in ("wait", "deadline", "memory", "quota"):  # 0 is an answer, too
+            self.rejected.labels(reason)
         self.in_flight = Gauge("resnet_images_in_flight", "Images accepted and not answered yet", registry=registry)
         self.stage_seconds = Histogram(
             "resnet_stage_seconds",
@@ -78,7 +80,7 @@ class Metrics:
         self.reloads = Counter(
             "resnet_reloads", "Bundles loaded while serving: `switched` to, or `refused`", ["result"], registry=registry
         )
-        for result in ("switched", "refused"):  # 0 is an answer, too
+        for result in ("switched", "refused"):
             self.reloads.labels(result)
         self.unfinished_views = Gauge("resnet_unfinished_views", "Admitted views without a result", registry=registry)
         self.waiting_views = Gauge("resnet_waiting_views", "Views that wait for a free engine", registry=registry)

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from resnet_ensemble.server import ensemble
 from resnet_ensemble.server.admission import Overloaded
-from resnet_ensemble.server.classifier import Classifier, Content, hangs, refused
+from resnet_ensemble.server.classifier import Classifier, Content, refused, unavailable
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.plan import Plan, Stage
-from resnet_ensemble.server.scheduler import EngineFailure, EngineHung
+from resnet_ensemble.server.scheduler import EngineFailure, EngineGone, EngineHung
 from resnet_ensemble.server.schemas import Options
 from resnet_ensemble.server.settings import Settings
 from resnet_ensemble.server.stopping import RULES
@@ -178,8 +178,8 @@ class MemberModel:
                 tallies = await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
         except TimeoutError:
             raise ApiError("deadline_exceeded", "not all views were run in the time that the request has") from None
-        except EngineHung:
-            raise hangs() from None
+        except (EngineHung, EngineGone) as error:
+            raise unavailable(error) from None
         except EngineFailure:
             log.exception("engine failure")
             raise ApiError("engine_failure", "the model failed on a view, even when it was run alone") from None

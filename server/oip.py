@@ -11,7 +11,7 @@ import importlib.metadata
 import re
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Annotated, Any
 
@@ -28,7 +28,7 @@ from resnet_ensemble.server.connection import (
     service_of,
 )
 from resnet_ensemble.server.errors import KINDS, ApiError
-from resnet_ensemble.server.exchange import body_size, read
+from resnet_ensemble.server.exchange import announced, read
 from resnet_ensemble.server.models import Model
 from resnet_ensemble.server.oip_schemas import (
     REQUEST_BODY,
@@ -198,7 +198,8 @@ async def infer(
     with ExitStack() as held:
         exchange = AsgiExchange(request)
         body = await _body(exchange, service, held, deadline)
-        asked = await asyncio.to_thread(tensors.decode, body, header_length, model.inputs, model.outputs)
+        async with service.parsing:
+            asked = await asyncio.to_thread(tensors.decode, body, header_length, model.inputs, model.outputs)
         if asked.parameters.timeout is not None:
             deadline = min(deadline, began + asked.parameters.timeout / 1e6)
         rows = model.rows(asked.inputs)
@@ -226,15 +227,14 @@ async def _body(exchange: AsgiExchange, service: Service, held: ExitStack, deadl
         raise ApiError(
             "unsupported_media_type", f"the content encoding is {encoding[:100]!r}; gzip and deflate are known"
         )
-    held.enter_context(service.memory.hold(body_size(exchange.headers, settings.max_request_bytes)))
+    count = held.enter_context(service.memory.hold(announced(exchange.headers, settings.max_request_bytes)))
     body = bytearray()
-    await read(exchange, body.extend, settings.upload_seconds, deadline)
-    return body if encoding == "identity" else await _decompress(body, encoding, service, held)
+    await read(exchange, count, body.extend, settings.upload_seconds, deadline)
+    return body if encoding == "identity" else await _decompress(body, encoding, settings.max_request_bytes, count)
 
 
-async def _decompress(body: bytearray, encoding: str, service: Service, held: ExitStack) -> bytearray:
+async def _decompress(body: bytearray, encoding: str, largest: int, count: Callable[[int], None]) -> bytearray:
     """Step by step, so that a body that grows without end is refused early, and others run in between."""
-    largest = service.settings.max_request_bytes
     decompressor = zlib.decompressobj(_WINDOW_BITS[encoding])
     content, rest, fed = bytearray(), b"", 0
     while not decompressor.eof:
@@ -250,7 +250,7 @@ async def _decompress(body: bytearray, encoding: str, service: Service, held: Ex
             raise ApiError("malformed_request", f"the body ends before its {encoding} data do")
         if len(content) + len(piece) > largest:
             raise ApiError("request_too_large", f"the body has more than {largest} bytes when it is decompressed")
-        held.enter_context(service.memory.hold(len(piece)))
+        count(len(piece))
         content += piece
     if behind := len(decompressor.unused_data) + len(body) - fed:
         raise ApiError("malformed_request", f"{behind} bytes follow the body's {encoding} data")

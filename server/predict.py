@@ -17,7 +17,7 @@ from resnet_ensemble.server import uploads
 from resnet_ensemble.server.classifier import Classifier
 from resnet_ensemble.server.connection import TIMEOUT, Timeout
 from resnet_ensemble.server.errors import ApiError, problem
-from resnet_ensemble.server.exchange import Answer, Exchange, body_size, internal_error, read, refusal
+from resnet_ensemble.server.exchange import Answer, Exchange, announced, internal_error, read, refusal
 from resnet_ensemble.server.schemas import Options, Prediction, Result, Results, Timings
 from resnet_ensemble.server.service import Service
 from resnet_ensemble.server.uploads import Upload
@@ -50,9 +50,9 @@ async def _predict(exchange: Exchange, service: Service) -> Answer:
     with service.lease() as classifier:
         service.check_able()
         classifier.check_admission(deadline)
-        with service.memory.hold(body_size(exchange.headers, settings.max_request_bytes)):
+        with service.memory.hold(announced(exchange.headers, settings.max_request_bytes)) as count:
             reader = uploads.reader(exchange.headers, settings)
-            await read(exchange, reader.feed, settings.upload_seconds, deadline)
+            await read(exchange, count, reader.feed, settings.upload_seconds, deadline)
             upload = reader.end()
             if upload.fields:
                 options = _options(upload.fields).model_copy(update=options.model_dump(exclude_unset=True))

@@ -1,7 +1,7 @@
 """How many images one client may have in progress, and how many bytes all of them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from resnet_ensemble.server.errors import ApiError
@@ -40,25 +40,42 @@ class Quota:
 
 
 class Memory:
-    """Counts bytes of request bodies; used from the event loop only. `limit`: bytes in progress."""
+    """Counts bytes of request bodies; used from the event loop only. `limit`: bytes in progress.
+
+    Bytes count when they have come. If they did when they are announced, few clients that send nothing would keep all
+    others away.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._held = 0
 
     @contextmanager
-    def hold(self, size: int) -> Iterator[None]:
-        """Count a body of this size while the block runs. Raises ApiError("overloaded")."""
-        if self._held + size > self._limit:
+    def hold(self, announced: int) -> Iterator[Callable[[int], None]]:
+        """Count a body while the block runs: call what this gives with the size of each piece that has come.
+
+        Both raise ApiError("overloaded"), this one if what is announced would be too much now.
+        """
+        self._check(announced)
+        size = 0
+
+        def take(piece: int) -> None:
+            nonlocal size
+            self._check(piece)
+            size += piece
+            self._held += piece
+
+        try:
+            yield take
+        finally:
+            self._held -= size
+
+    def _check(self, more: int) -> None:
+        if self._held + more > self._limit:
             raise ApiError(
                 "overloaded",
-                f"the bodies of requests in progress have {self._held} bytes, this one {size}; together {self._limit} "
-                "are allowed. A Content-Length tells the server how little it is",
+                f"the bodies of requests in progress have {self._held} bytes, and {more} more would come; together "
+                f"{self._limit} are allowed",
                 retry_after=1,
                 reason="memory",
             )
-        self._held += size
-        try:
-            yield
-        finally:
-            self._held -= size

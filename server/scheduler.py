@@ -51,6 +51,10 @@ class EngineHung(Exception):
     """A member's engine does not end a run, or does not open."""
 
 
+class EngineGone(Exception):
+    """A member's engine died with other images, and could not be opened anew."""
+
+
 class Observer:
     """Told what happens, on the threads where it happens. This one ignores it."""
 
@@ -477,10 +481,11 @@ class Scheduler:
             self._down[member] = f"{type(error).__name__}: {error}"
             waiting = self._decide.give_up(member)
             self._wake_all()
-        self._give_up(waiting, error)
+        self._give_up(waiting, EngineGone())
 
     def _give_up(self, jobs: Sequence[Job], error: Exception) -> None:
-        told = error if isinstance(error, EngineHung) else EngineFailure(f"{type(error).__name__}: {error}")
+        own = isinstance(error, EngineHung | EngineGone)
+        told = error if own else EngineFailure(f"{type(error).__name__}: {error}")
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(told)

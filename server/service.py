@@ -42,6 +42,9 @@ class Service:
         self.metrics = Metrics()
         self.quota = Quota(settings.max_images_per_client)
         self.memory = Memory(settings.max_pending_bytes)
+        # One JSON body at a time: parsed ones take up to twenty times the memory of their bytes, and while one is
+        # parsed no other can be.
+        self.parsing = asyncio.Lock()
         self.awake = Awake()
         self.metrics.in_flight.set_function(lambda: self.quota.images)
         self._open_with = open_with

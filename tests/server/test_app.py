@@ -204,7 +204,8 @@ def test_an_engine_that_can_not_be_opened_anew_closes_the_door(pair: Bundle, png
         wait_until_ready(client)
         engines[1].kill()
 
-        assert_problem(client.post("/predict", content=png(), headers=RAW), "engine_failure")
+        waited = assert_problem(client.post("/predict", content=png(), headers=RAW), "not_ready")
+        assert "died, and could not be opened anew yet" in waited["detail"]
         refused = assert_problem(client.post("/predict", content=png(), headers=RAW), "not_ready")
         assert "resnet32 died and is being opened anew; it failed with OSError: no device" in refused["detail"]
 
@@ -228,7 +229,7 @@ def test_where_an_engine_can_not_be_opened_anew_on_a_gpu_the_process_asks_to_be_
         wait_until_ready(client)
         lost.set()
         engines[1].kill()
-        assert_problem(client.post("/predict", content=png(), headers=RAW), "engine_failure")
+        assert_problem(client.post("/predict", content=png(), headers=RAW), "not_ready")
         if backend == "tensorrt":
             refused = assert_problem(client.get("/livez"), "not_ready")
             assert "failed with EngineRunError: cudaErrorIllegalAddress" in refused["detail"]

@@ -312,6 +312,54 @@ def test_a_single_image_does_not_wait_for_a_large_request() -> None:
     assert ran <= 8
 
 
+@pytest.mark.parametrize(("decoding", "slowness"), [(0.3, 1.0), (0.001, 8.0)], ids=["pictures", "engines"])
+def test_a_single_image_does_not_wait_for_a_large_request_that_takes_longer_than_expected(
+    decoding: float, slowness: float
+) -> None:
+    """Ranks are given by what images took before: here, small pictures on engines that were quick."""
+    found = dispatcher(max_wait=10.0)
+    plan = cheapest_first("center", [[0.03]], [1])
+    large: set[Job] = set()
+
+    def arrive(now: float, images: int) -> list[Job]:
+        jobs = found.admit(now, now + 300, plan, FULL, images)
+        for job in jobs:
+            found.put_in_line(now, job, lambda: [[views(1, 1)]])
+        return jobs
+
+    def step(now: float) -> float:
+        """Do what comes next; when it is done."""
+        what = found.next(now)
+        assert what is not None
+        if isinstance(what, Decoding):
+            seconds = decoding if what.job in large else 0.001
+            found.decoded(now + seconds, what.job, what.work(), seconds)
+            return now + seconds
+        now += slowness * what.seconds if what.parts[0].job in large else what.seconds
+        found.done(what, answers(what), now)
+        return now
+
+    now = 0.0
+    for _ in range(40):
+        (job,) = arrive(now, 1)
+        while job.active:
+            now = step(now)
+    large.update(arrive(now, 100))
+    began, waits = now, []
+    while any(job.active for job in large):
+        for _ in range(min(3, found.images)):
+            now = step(now)
+        (single,) = arrive(now, 1)
+        came = now
+        while single.active:
+            now = step(now)
+        waits.append(now - came)
+
+    assert now - began > 20
+    assert len(waits) > 30
+    assert max(waits) < 2.5
+
+
 def test_admission_is_by_predicted_wait_and_says_when_to_come_back() -> None:
     found = dispatcher(max_wait=70.0, streams=2)
     for now in range(3):

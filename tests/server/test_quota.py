@@ -35,11 +35,20 @@ def test_what_was_held_is_given_back_even_after_a_failure() -> None:
 
 def test_bodies_in_progress_have_only_so_many_bytes_together() -> None:
     memory = Memory(100)
-    with memory.hold(60):
-        with pytest.raises(ApiError, match="have 60 bytes, this one 50; together 100 are allowed"), memory.hold(50):
+    with memory.hold(60) as first:
+        first(60)
+        with pytest.raises(ApiError, match="have 60 bytes, and 50 more would come; together 100"), memory.hold(50):
             pass
-        with memory.hold(40):
-            pass
+        with memory.hold(0) as second:
+            second(40)
+            with pytest.raises(ApiError, match="have 100 bytes, and 1 more would come"):
+                second(1)
 
     with memory.hold(100):
         pass
+
+
+def test_what_is_announced_and_does_not_come_keeps_nobody_away() -> None:
+    memory = Memory(100)
+    with memory.hold(100), memory.hold(100) as second:
+        second(100)

@@ -296,10 +296,22 @@ def test_bodies_that_do_not_fit_into_memory_together_are_refused_unread(serve: S
         gate.open.set()
 
         for refused in (response, unannounced):
-            assert "Content-Length" in assert_problem(refused, "overloaded")["detail"]
+            assert "600 more would come" in assert_problem(refused, "overloaded")["detail"]
             assert refused.headers["retry-after"] == "1"
         assert first.result().status_code == 200
         assert client.post("/predict", content=content, headers=RAW).status_code == 200
+
+
+def test_small_bodies_that_announce_no_length_are_answered_together(serve: Serve, png: Png) -> None:
+    gate = Gate()
+    limits = {"max_image_bytes": 1000, "max_request_bytes": 1000, "max_pending_bytes": 1000}
+    with serve(gate, **limits) as client, ThreadPoolExecutor() as pool:
+        send = lambda: client.post("/predict", content=iter([png()]), headers=RAW)  # noqa: E731
+        first = gate.hold(lambda: pool.submit(send))
+        second = pool.submit(send)
+        gate.open.set()
+
+        assert [first.result().status_code, second.result().status_code] == [200, 200]
 
 
 def test_an_unexpected_failure_is_a_problem_without_internals(

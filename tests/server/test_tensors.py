@@ -340,6 +340,16 @@ def test_json_that_would_hold_up_others_is_refused_unparsed() -> None:
     assert "binary" in caught.value.detail
 
 
+def test_json_of_very_many_lists_is_refused_unparsed() -> None:
+    """Parsed, it takes twenty times the memory of its bytes, and nothing else runs meanwhile."""
+    with pytest.raises(ApiError, match="131072 lists") as caught:
+        decode(b'{"inputs":[' + b"[0],[0]," * 2**16, None, (PIXELS,), OUTPUTS)
+    assert caught.value.code == "request_too_large"
+
+    nested = json.dumps({"inputs": [tensor(shape=[2, 224, 224, 3], data=np.zeros((2, 224, 224, 3), int).tolist())]})
+    assert decode(nested.encode(), None, (PIXELS,), OUTPUTS).inputs["pixels"].shape == (2, 224, 224, 3)
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
