@@ -6,8 +6,8 @@
     golden/*.png     pictures whose probabilities the manifest records
     stopping.json    thresholds and temperatures that were found for it later, if any (server/calibration.py)
 
-Every other file is named in the manifest with its SHA-256 and checked before it is used, and so is the manifest, by
-the SHA-256 in its first lines. No torch, and no ONNX library.
+Every other file is named in the manifest with its SHA-256 and checked before it is used; the manifest and stopping.json
+have theirs in their first lines. No torch, and no ONNX library.
 
     BundleError
     ├── BundleInvalid   the manifest is missing, of another format, or contradicts itself
@@ -16,6 +16,7 @@ the SHA-256 in its first lines. No torch, and no ONNX library.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,9 @@ from resnet_ensemble.training.files import read_regular, write_together
 from resnet_ensemble.training.views import ALL_PROTOCOLS, PROTOCOLS, Preprocessing
 
 FORMAT = 1
+# ONNX's StringStringEntryProto with the key "location", as a tensor has whose values are in another file; its length
+# may be written longer than it needs to be.
+_ELSEWHERE = re.compile(rb"\n(?:\x08|\x88\x80*\x00)location")
 MANIFEST = "bundle.json"
 THRESHOLDS = "stopping.json"
 
@@ -186,7 +190,10 @@ class Bundle:
             raise BundleInvalid(f"{file} is not valid: {where}: {first['msg']}; {_remedy(path)}") from None
 
     def read(self, part: Member | CalibrationFile | Golden) -> bytes:
-        """The bytes of a member's graph or calibration, or of a golden picture, checked. Raises BundleDamaged."""
+        """The bytes of a member's graph or calibration, or of a golden picture, checked.
+
+        Raises BundleDamaged; BundleInvalid for a graph that would read other files, of whatever folder.
+        """
         file = self.path / part.file
         try:
             content = read_regular(file)
@@ -196,6 +203,8 @@ class Bundle:
             raise BundleDamaged(f"{file} can't be read ({error.strerror}); {_remedy(self.path)}") from None
         if hashlib.sha256(content).hexdigest() != part.sha256:
             raise BundleDamaged(f"{file} is not the file that {MANIFEST} describes (SHA-256); {_remedy(self.path)}")
+        if isinstance(part, Member) and _ELSEWHERE.search(content):
+            raise BundleInvalid(f"{file} has weights in another file, without a hash; export it again, as one file")
         return content
 
     def verify(self) -> None:

@@ -46,8 +46,8 @@ def find(folder: Path, labels: tuple[str, ...]) -> list[Picture]:
 
 
 def name_of(folder: Path) -> str:
-    """What results name a folder of pictures by."""
-    return folder.resolve().name
+    """What results name a folder of pictures by: a name that any file can hold, whatever bytes the folder's has."""
+    return os.fsencode(folder.resolve().name).decode(errors="replace")
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -4,13 +4,13 @@ They are in `stopping.json` beside the bundle's manifest, one entry for each pro
 the very members and kinds of engines that they were found with: `find` gives nothing else.
 """
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from resnet_ensemble.export import sealed
 from resnet_ensemble.export.bundle import THRESHOLDS, Bundle, BundleInvalid, Protocol, Sha256
 from resnet_ensemble.export.engine_store import EngineStore
 from resnet_ensemble.export.engines import EngineInfo
@@ -193,11 +193,13 @@ def read(bundle: Bundle) -> tuple[Calibration, ...]:
     file = f"{FILE} of {bundle.manifest.name}"
     remedy = f"remove it and run {COMMAND}"
     try:
-        return Calibrations.model_validate(json.loads(read_regular(bundle.path / FILE))).calibrations
+        return Calibrations.model_validate(sealed.loads(read_regular(bundle.path / FILE))).calibrations
     except FileNotFoundError:
         return ()
     except OSError as error:
         raise BundleInvalid(f"{file} can't be read ({error.strerror})") from None
+    except sealed.SealBroken:
+        raise BundleInvalid(f"{file} is not what was written (SHA-256); {remedy}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "it"
@@ -234,7 +236,7 @@ def write(bundle: Bundle, found: Calibration) -> None:
         and (known.protocol, known.engines) != (found.protocol, found.engines)
     ]
     content = Calibrations(calibrations=(*kept, found))
-    write_atomically(bundle.path / FILE, f"{content.model_dump_json(indent=1)}\n".encode())
+    write_atomically(bundle.path / FILE, sealed.dumps(content.model_dump(mode="json")))
 
 
 def _difference(wanted: Sequence[EngineKind], known: Sequence[EngineKind]) -> str:

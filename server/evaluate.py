@@ -230,8 +230,11 @@ def table(scores: list[Score]) -> str:
     return "\n".join(lines)
 
 
-def record(bundle: Bundle, scores: list[Score], dataset: str, split: str) -> None:
-    """Write the errors of all views into bundle.json; older ones of the same data, split and protocol are replaced."""
+def record(bundle: Bundle, scores: list[Score], dataset: str, split: str, engines: str) -> None:
+    """Write the errors of all views into bundle.json; older ones of the same data, split and protocol are replaced.
+
+    `engines`: what they were measured on.
+    """
 
     def replaced(old: tuple[Measured, ...], errors: dict[str, float]) -> tuple[Measured, ...]:
         kept = tuple(m for m in old if (m.dataset, m.split) != (dataset, split) or m.protocol not in errors)
@@ -242,7 +245,7 @@ def record(bundle: Bundle, scores: list[Score], dataset: str, split: str) -> Non
                 protocol=protocol,
                 images=scores[0].images,
                 top1_error=round(error, 4),
-                measured_by="python -m resnet_ensemble.server.evaluate",
+                measured_by=f"python -m resnet_ensemble.server.evaluate on {engines}",
             )
             for protocol, error in errors.items()
         )
@@ -304,6 +307,8 @@ def main() -> None:
 def _run(arguments: argparse.Namespace, stops: list[str]) -> None:
     # Nobody waits for an answer here, so nothing is refused.
     settings = from_environment().model_copy(update={"bundle": arguments.bundle, "max_wait_seconds": 3600.0})
+    if arguments.record and settings.backend == "fake":
+        raise SettingsError("errors of the fake backend would mean nothing; set RESNET_BACKEND to another one")
     for file in [arguments.plot] * bool(arguments.plot) + [arguments.bundle / MANIFEST] * arguments.record:
         check_writable(file)  # now, since evaluating may take long
     # Closed whatever happens: a process that ends while its engines run is aborted.
@@ -325,7 +330,8 @@ def _run(arguments: argparse.Namespace, stops: list[str]) -> None:
     if arguments.plot:
         write_atomically(arguments.plot, draw(scores, f"{classifier.bundle.identity}, {dataset} {split}"))
     if arguments.record:
-        record(classifier.bundle, scores, dataset, split)
+        kinds = dict.fromkeys(f"{engine.info.backend} {engine.info.precision}" for engine in classifier.engines)
+        record(classifier.bundle, scores, dataset, split, ", ".join(kinds))
 
 
 if __name__ == "__main__":

@@ -47,12 +47,16 @@ def decode(content: bytes, *, max_pixels: int, draft: int | None = None) -> Imag
     try:
         if draft is not None:
             _make_draft(image, draft)
-        # In one step: between steps, a thread waits for the interpreter, which others may have.
-        image.decodermaxblock = len(content)
+        # In one step: between steps, a thread waits for the interpreter, which others may have. Where there are many
+        # tiles, as much would be read for each.
+        if len(image.tile) == 1:
+            image.decodermaxblock = len(content)
         image.load()
         return to_rgb(image)
     except PixelsUnsupported as error:
         raise ApiError("unsupported_pixel_type", str(error)) from None
+    except MemoryError:
+        raise ApiError("overloaded", "there is no memory to decode the image", retry_after=1, reason="memory") from None
     except Exception as error:  # decoders raise almost anything when fed hostile bytes
         raise ApiError("corrupt_image", f"the {image.format} can't be decoded: {_reason(error)}") from error
 

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 PATH = "/predict"
 _SERVER_TIMING = ", ".join(f"{stage};dur=%g" for stage in Timings.model_fields)
 _TIMEOUT = TIMEOUT.lower().encode()
+_TOLD, _TOLD_OF_A_NAME = 5, 100  # problems, characters
 _timeout: TypeAdapter[float | None] = TypeAdapter(Timeout)
 
 
@@ -119,5 +120,6 @@ def _told_in_headers(prediction: Prediction, classifier: Classifier) -> dict[str
 
 
 def explain(errors: Any) -> str:
-    """What pydantic or FastAPI found wrong, in a line."""
-    return "; ".join(f"{error['loc'][-1]}: {error['msg']}" for error in errors)
+    """What pydantic or FastAPI found wrong, in a line; no more of it than a person reads."""
+    told = [f"{str(error['loc'][-1])[:_TOLD_OF_A_NAME]}: {error['msg']}" for error in errors[:_TOLD]]
+    return "; ".join(told + [f"and {len(errors) - _TOLD} more"] * (len(errors) > _TOLD))

@@ -162,6 +162,10 @@ class LimitedHttp(HttpToolsProtocol):
         """Uvicorn could not read what came."""
         self.refuse(ApiError("malformed_request", "what came is not HTTP/1.1"))
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """A head that offers an upgrade and was not the first of a read: what follows would be read as a request."""
+        self.refuse(ApiError("malformed_request", "a pipelined request can't change the protocol"))
+
     def refuse(self, error: ApiError) -> None:
         """Tell what is no request, and close. One that came whole before it was accepted, and has the last answer."""
         self._arrived()

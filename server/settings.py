@@ -1,10 +1,11 @@
 """The server's settings: one frozen object, from environment variables that begin with RESNET_."""
 
 import os
+import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -12,11 +13,20 @@ from resnet_ensemble.server.schemas import ProtocolName, StopRuleName
 
 PREFIX = "RESNET_"
 CLIENT_PREFIX = "RESNET_CLIENT_"  # the SDK's own variables
+_OF_SERVICES = re.compile(rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 SHIPPED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "cifar10"
 
 
 class SettingsError(Exception):
     """A variable is not known, or its value can't be; the message has no values."""
+
+
+def _sendable(key: SecretStr) -> SecretStr:
+    """A key that a header can carry. A line's end comes easily with a file."""
+    text = key.get_secret_value()
+    if not (text.isascii() and text.isprintable() and text == text.strip()):
+        raise ValueError("it has characters that no header can carry, or blanks or a line's end around it")
+    return key
 
 
 class Settings(BaseSettings):
@@ -67,7 +77,7 @@ class Settings(BaseSettings):
     drain_seconds: int = Field(default=30, ge=1, le=86400)
     """How long SIGTERM waits for accepted requests."""
 
-    admin_key: SecretStr | None = Field(default=None, min_length=16)
+    admin_key: Annotated[SecretStr, AfterValidator(_sendable)] | None = Field(default=None, min_length=16)
     """What POST /admin/reload wants as `Authorization: Bearer KEY`; without a key there is no /admin."""
     reload_from: Path | None = None
     """The folder whose bundles a request to /admin/reload may name; without it only the served one is loaded again."""
@@ -109,14 +119,22 @@ def explain() -> str:
 def from_environment() -> Settings:
     """The settings of this process; an empty variable is none. Raises SettingsError."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    for name in os.environ:
+    for name, value in os.environ.items():
         upper = name.upper()
-        if upper.startswith(PREFIX) and not upper.startswith(CLIENT_PREFIX) and upper not in known:
+        others = upper.startswith(CLIENT_PREFIX) or _of_kubernetes(upper, value)
+        if upper.startswith(PREFIX) and upper not in known and not others:
             raise SettingsError(f"{name} is not a setting; there are {', '.join(sorted(known))}")
+    port = os.environ.get(f"{PREFIX}PORT", "")
+    given = {"port": Settings.model_fields["port"].default} if _of_kubernetes(f"{PREFIX}PORT", port) else {}
     try:
-        return Settings()
+        return Settings(**given)
     except ValidationError as error:
         raise SettingsError("; ".join(_told(wrong) for wrong in error.errors(include_input=False))) from None
+
+
+def _of_kubernetes(name: str, value: str) -> bool:
+    """Whether Kubernetes sets a variable because of a service that is named `resnet`, or begins so."""
+    return bool(_OF_SERVICES.fullmatch(name)) or (name.endswith("PORT") and "://" in value)
 
 
 def _told(wrong: ErrorDetails) -> str:

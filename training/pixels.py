@@ -11,7 +11,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 # Resizing the shorter side of a 1 x 60,000 image to 256 pixels would make a 15 million pixel wide one.
 MAX_ASPECT_RATIO = 100
+# A segment of a JPEG has half as much. With more, the picture is shown as it lies: Pillow reads values one by one, in
+# Python, and for 18 MiB of them it took 30 s, or 3 GB.
+MAX_EXIF_BYTES = 2**17
+_OF_EXIF = ("exif", "Raw profile type exif")
+_OF_XMP = ("XML:com.adobe.xmp", "xmp")
 _BACKGROUND = (255, 255, 255)
+_BAND = 2**20  # pixels that are laid on the background at a time: with all, 50 million took 1 GB
 
 
 class PixelsUnsupported(Exception):
@@ -26,7 +32,7 @@ def is_extreme(size: tuple[int, int]) -> bool:
 def to_rgb(image: Image.Image) -> Image.Image:
     """A loaded picture, upright (EXIF orientation), as RGB; transparency becomes white. Raises PixelsUnsupported."""
     with suppress(Exception):  # damaged EXIF data around a sound picture: show it as it lies
-        ImageOps.exif_transpose(image, in_place=True)
+        _turn_upright(image)
     if image.mode.startswith("I;16"):
         return _to_8_bits(image).convert("RGB")
     if image.mode in ("I", "F", "LAB"):
@@ -34,10 +40,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
             f"pixels of the type {image.mode} have no agreed brightness; convert them to 8 or 16 bits a channel"
         )
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        opaque = Image.new("RGBA", rgba.size, _BACKGROUND)
-        return Image.alpha_composite(opaque, rgba).convert("RGB")
+        return _on_background(image)
     return image if image.mode == "RGB" else image.convert("RGB")  # a copy would cost 4 % of decoding
+
+
+def _turn_upright(image: Image.Image) -> None:
+    for key in _OF_EXIF:
+        if len(image.info.get(key, b"")) > MAX_EXIF_BYTES:
+            del image.info[key]
+    image.getexif()  # reads the orientation, and keeps it
+    for key in (*_OF_EXIF, *_OF_XMP):
+        image.info.pop(key, None)  # or they would be written anew, without the orientation
+    ImageOps.exif_transpose(image, in_place=True)
+
+
+def _on_background(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    rows = max(1, _BAND // width)
+    opaque = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(height, top + rows))).convert("RGBA")
+        behind = Image.new("RGBA", band.size, _BACKGROUND)
+        opaque.paste(Image.alpha_composite(behind, band).convert("RGB"), (0, top))
+    return opaque
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

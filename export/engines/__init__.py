@@ -4,6 +4,8 @@ One file a backend, imported only when used.
 """
 
 import importlib
+import os
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resnet_ensemble.training.views import Preprocessing
+
+# Both would send what they see to their makers, whoever serves with them. ONNX Runtime 1.32 heeds nothing else, and
+# OpenVINO 2026.4 has a stub for where its package is missing.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 # Made with what was found on pictures (export/quantize.py).

@@ -428,5 +428,5 @@ def test_where_nothing_can_be_certified_the_report_says_so(bundle: Bundle) -> No
     found = calibrate.calibrate(bundle, [Sharp(10)] * 2, pictures(200), "flip", disagreement=0.02, confidence=0.9)
 
     careful = found.model_copy(update={"thresholds": (None,) * len(found.checkpoints)})
-    assert "Nothing bolder than `exact` could be certified" in calibrate.report(careful)
+    assert "Nothing cheaper than `exact` could be certified" in calibrate.report(careful)
     assert "Stops after 1 from a lead of" in calibrate.report(found)

@@ -219,7 +219,7 @@ def test_a_recorded_result_replaces_an_older_one(pair: Bundle, tmp_path: Path) -
         members = dict.fromkeys(names, error + 2)
         full = evaluate.Score("flip", "full", 7, error, members, None, 4.0, 4, 1.0, 1.0, None)
         exact = evaluate.Score("flip", "exact", 7, 1.0, None, 100.0, 3.0, 4, 0.6, 1.0, None)
-        evaluate.record(Bundle.open(bundle.path), [full, exact], "D", "val")
+        evaluate.record(Bundle.open(bundle.path), [full, exact], "D", "val", "onnxruntime fp32")
 
     after = Bundle.open(bundle.path).manifest
     recorded = [[m for m in part.measured if m.dataset == "D"] for part in (after, *after.members)]

@@ -369,7 +369,7 @@ def test_a_model_is_ready_while_its_own_engine_is(serve: Serve) -> None:
     views = pixels(np.zeros((1, 32, 32, 3)), "views")
     with serve(engine) as client:
         engines[0].kill()
-        assert_error(send(client, views, f"/v2/models/{MEMBER}/infer"), "engine_failure")
+        assert_error(send(client, views, f"/v2/models/{MEMBER}/infer"), "not_ready")
 
         for path in (f"models/{MEMBER}/ready", f"models/{ENSEMBLE}/ready", "health/ready"):
             assert "the device is gone" in assert_error(client.get(f"/v2/{path}"), "not_ready")

@@ -14,9 +14,13 @@ from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.images import decode
 from resnet_ensemble.server.pieces import (
     MAX_CHUNKS,
+    MAX_ENTRIES,
+    MAX_EXIF_BYTES,
     MAX_GIF_READS,
+    MAX_NUMBERS,
     MAX_PADDING,
     MAX_PIXEL_CHUNKS,
+    MAX_RUNS,
     MAX_SCANS,
     MAX_SEGMENTS,
 )
@@ -169,3 +173,68 @@ def test_a_gif_of_many_pixels_is_let_through() -> None:
 
     assert len(content.getvalue()) > 2**23  # some 40,000 blocks
     assert decode(content.getvalue(), max_pixels=9_000_000).size == (3000, 3000)
+
+
+def tiff(*entries: tuple[int, int, int], order: str = "<", large: bool = False, behind: int = 0) -> bytes:
+    """A grey TIFF of 48 x 32 pixels with further entries (tag, type, values), which all lie at the same place."""
+    usual = [(256, 3, 1), (257, 3, 1), (258, 3, 1), (259, 3, 1), (262, 3, 1), (277, 3, 1), (278, 3, 1)]
+    values = {256: 48, 257: 32, 258: 8, 259: 1, 262: 1, 277: 1, 278: 32}
+    everything = sorted([*usual, *entries])
+    head = {False: struct.pack(order + "2sHI", b"", 42, 8), True: struct.pack(order + "2sHHHQ", b"", 43, 8, 0, 16)}[
+        large
+    ]
+    count, entry = ("Q", "HHQ") if large else ("H", "HHI")
+    width = 8 if large else 4
+    start = (
+        len(head) + struct.calcsize(order + count) + len(everything) * (struct.calcsize(order + entry) + width) + width
+    )
+    directory = struct.pack(order + count, len(everything))
+    for tag, kind, numbers in everything:
+        inside = struct.pack(order + "H", values[tag]) if tag in values else struct.pack(order + "QI"[not large], start)
+        directory += struct.pack(order + entry, tag, kind, numbers) + inside.ljust(width, b"\0")
+    letters = b"II" if order == "<" else b"MM"
+    return letters + head[2:] + directory + bytes(width) + bytes(behind)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_tiff_of_far_too_many_strips_or_entries_is_refused(order: str, large: bool) -> None:
+    if large and order == ">":
+        pytest.skip("Pillow reads no such files")
+
+    def strips(count: int) -> bytes:
+        return tiff((273, 3, count), (279, 3, count), order=order, large=large, behind=4 * count + 48 * 32)
+
+    pieces.check(strips(MAX_NUMBERS))
+    for content in (
+        strips(MAX_NUMBERS + 1),
+        tiff(*[(1000 + i, 3, 1) for i in range(MAX_ENTRIES)], order=order, large=large),
+        tiff(*[(1000 + i, 1, 50_000) for i in range(20)], order=order, large=large, behind=60_000),
+    ):
+        with pytest.raises(ApiError, match="the TIFF"):
+            pieces.check(content)
+
+
+def test_tiffs_that_begin_in_an_odd_way_are_looked_at_too() -> None:
+    for start in (b"II\0*", b"MM*\0"):
+        content = tiff((273, 3, 2 * MAX_NUMBERS), order="<" if start[:2] == b"II" else ">", behind=10**6)
+        with pytest.raises(ApiError, match="the TIFF"):
+            pieces.check(start + content[4:])
+
+
+def test_exif_data_are_one_segment_or_two_and_not_megabytes() -> None:
+    sound = encode("JPEG")
+    segment = b"\xff\xe1" + struct.pack(">H", 60_000) + b"Exif\0\0" + bytes(59_992)
+
+    assert verdict(sound[:2] + segment * (MAX_EXIF_BYTES // 60_000) + sound[2:]) is None
+    assert verdict(sound[:2] + segment * (MAX_EXIF_BYTES // 60_000 + 1) + sound[2:]) == "corrupt_image"
+
+
+@pytest.mark.parametrize("compression", [1, 2])
+def test_a_compressed_bmp_is_small(compression: int) -> None:
+    head = b"BM" + bytes(28) + struct.pack("<I", compression)
+
+    pieces.check(head.ljust(MAX_RUNS, b"\0"))
+    with pytest.raises(ApiError, match="the BMP is compressed"):
+        pieces.check(head.ljust(MAX_RUNS + 1, b"\0"))
+    pieces.check((b"BM" + bytes(32)).ljust(MAX_RUNS + 1, b"\0"))  # plain pixels have any size
