@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -178,3 +179,17 @@ def test_a_protocol_that_is_none_is_refused_and_golden_values_are_of_crops(
 
     with pytest.raises(BundleInvalid, match=f"{name}: .*no protocol named '{protocol}'; there are center"):
         Bundle.open(copy)
+
+
+@pytest.mark.parametrize("length", [b"\x08", b"\x88\x00", b"\x88\x80\x00"])
+def test_a_graph_whose_weights_are_in_another_file_is_refused(copy: Path, length: bytes) -> None:
+    """No hash covers that file, and it may be any of this host."""
+    manifest = json.loads((copy / "bundle.json").read_text())
+    member = copy / manifest["members"][0]["file"]
+    member.write_bytes(member.read_bytes() + b"\n" + length + b"location\x12\x0b/etc/passwd")
+    manifest["members"][0]["sha256"] = hashlib.sha256(member.read_bytes()).hexdigest()
+    del manifest["sha256"]
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+
+    with pytest.raises(BundleInvalid, match="weights in another file"):
+        Bundle.open(copy).verify()

@@ -93,3 +93,10 @@ def test_folders_between_change_nothing(folders: list[str]) -> None:
     known = [numbers[name] for name in folders if name in numbers]
 
     assert labelled._label(Path(*folders, "a.png"), numbers) == (known[-1] if known else None)
+
+
+def test_a_folder_has_a_name_that_any_file_can_hold(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+
+    assert labelled.name_of(folder).encode() == "caf\N{REPLACEMENT CHARACTER}".encode()

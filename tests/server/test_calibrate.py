@@ -430,3 +430,27 @@ def test_where_nothing_can_be_certified_the_report_says_so(bundle: Bundle) -> No
     careful = found.model_copy(update={"thresholds": (None,) * len(found.checkpoints)})
     assert "Nothing cheaper than `exact` could be certified" in calibrate.report(careful)
     assert "Stops after 1 from a lead of" in calibrate.report(found)
+
+
+def test_calibrated_is_never_dearer_than_exact_on_the_images_that_decide(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Careful thresholds in the order that was found may stop later than proofs do in the cheapest order."""
+    random = np.random.default_rng(2)
+    count, seconds = 900, [[0.001], [0.0023]]
+    to_search, _ = thresholds.split(count, calibrate.SEED)
+    for _ in range(6):
+        of_image, of_member, of_view = (random.normal(size=(count, *rest, 10)) for rest in [(1, 1), (2, 1), (2, 10)])
+        powers = np.exp(2 * (2 * of_image + of_member + of_view))
+        vectors = (powers / powers.sum(axis=-1, keepdims=True)).reshape(count, 20, 10).astype(np.float32)
+        monkeypatch.setattr(calibrate, "run", lambda *_, vectors=vectors: (vectors, seconds))
+        shown = pictures(count, labelled=False)
+        found = calibrate.calibrate(bundle, [Sharp(10)] * 2, shown, "10crop", disagreement=0.005, confidence=0.95)
+
+        answers = thresholds.Answers(vectors, np.repeat([0, 1], 10), np.repeat([0.001, 0.0023], 10)).of(to_search)
+        order = np.array([step.member * 10 + step.view for step in found.plan])
+        bounds = np.array([np.inf if value is None else value for value in found.thresholds])
+        cheapest = thresholds.walk(answers, thresholds.cheapest_first(answers.seconds), found.checkpoints)
+        proofs = thresholds.follow(cheapest, np.full(len(bounds), np.inf)).seconds.mean()
+        cost = thresholds.follow(thresholds.walk(answers, order, found.checkpoints), bounds).seconds.mean()
+        assert cost <= proofs

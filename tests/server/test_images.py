@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from resnet_ensemble.server import images
 from resnet_ensemble.server.errors import ApiError
 from resnet_ensemble.server.images import decode, is_drafted
-from resnet_ensemble.training.pixels import FORMATS, MAX_ASPECT_RATIO, SUFFIXES
+from resnet_ensemble.training import pixels
+from resnet_ensemble.training.pixels import FORMATS, MAX_ASPECT_RATIO, MAX_EXIF_BYTES, SUFFIXES
 
 LIMIT = 1_000_000
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -313,3 +315,32 @@ def test_whatever_the_bytes_the_answer_is_an_image_or_a_typed_refusal(data: st.D
         assert decode(bytes(content), max_pixels=LIMIT, draft=draft).mode == "RGB"
     except ApiError as error:
         assert error.kind.status in (400, 413, 415, 422)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_exif_data_of_megabytes_are_left_unread(format: str) -> None:
+    """Pillow reads their values one by one, and writes them anew: 18 MiB took 30 s, or 3 GB."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x9286] = b"x" * MAX_EXIF_BYTES
+
+    assert decode(encode(picture(), format, exif=exif), max_pixels=LIMIT).size == picture().size
+    exif[0x9286] = b"x" * (MAX_EXIF_BYTES - 1000)
+    assert decode(encode(picture(), format, exif=exif), max_pixels=LIMIT).size == picture().size[::-1]
+
+
+def test_what_is_laid_on_white_in_bands_is_as_it_is_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 23, 4), np.uint8))
+    whole = decoded(encode(noise))
+
+    monkeypatch.setattr(pixels, "_BAND", 100)
+    np.testing.assert_array_equal(decoded(encode(noise)), whole)
+
+
+def test_a_picture_for_which_there_is_no_memory_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Image.Image) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "to_rgb", fail)
+    error = refusal(encode(picture()))
+    assert (error.code, error.retry_after) == ("overloaded", 1)

@@ -222,3 +222,18 @@ def test_what_a_turn_of_the_event_loop_writes_leaves_together(then: str, happene
     asyncio.run(answer())
 
     assert written.happened == happened
+
+
+def test_a_pipelined_head_that_offers_an_upgrade_makes_no_request_of_its_body(listen: Listen) -> None:
+    """Its body, which a proxy takes for one, would be read as the next request."""
+    inner = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+    first = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    with listen() as (url, _), connect(url) as connection:
+        connection.sendall(first + head(len(inner), "Connection: Upgrade", "Upgrade: h2c") + inner)
+        data = b""
+        while chunk := connection.recv(2**16):
+            data += chunk
+
+    assert data.startswith(b"HTTP/1.1 200")
+    assert b"404" not in data
+    assert data.count(b"HTTP/1.1 ") <= 2

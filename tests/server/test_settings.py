@@ -109,3 +109,33 @@ def test_a_wrong_setting_tells_nothing_of_the_key(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SettingsError, match="RESNET_") as caught:
         from_environment()
     assert "secret" not in str(caught.value)
+
+
+def test_what_kubernetes_sets_because_of_a_service_s_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of services named `resnet` and `resnet-ensemble`: into every pod of the namespace, unless that is turned off."""
+    for name in ("RESNET", "RESNET_ENSEMBLE"):
+        for variable, value in {
+            "SERVICE_HOST": "10.0.0.1",
+            "SERVICE_PORT": "8000",
+            "SERVICE_PORT_HTTP": "8000",
+            "PORT": "tcp://10.0.0.1:8000",
+            "PORT_8000_TCP": "tcp://10.0.0.1:8000",
+            "PORT_8000_TCP_PROTO": "tcp",
+            "PORT_8000_TCP_PORT": "8000",
+            "PORT_8000_TCP_ADDR": "10.0.0.1",
+        }.items():
+            monkeypatch.setenv(f"{name}_{variable}", value)
+
+    assert from_environment() == Settings(port=8000)
+    monkeypatch.setenv("RESNET_PORTT", "9000")
+    with pytest.raises(SettingsError, match="RESNET_PORTT is not a setting"):
+        from_environment()
+
+
+@pytest.mark.parametrize("key", ["a-long-enough-secret\n", " a-long-enough-secret", " " * 20, "ein-schlüssel-für-alle"])
+def test_an_admin_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("RESNET_ADMIN_KEY", key)
+
+    with pytest.raises(SettingsError, match="RESNET_ADMIN_KEY: it has characters that no header") as caught:
+        from_environment()
+    assert key not in str(caught.value)

@@ -1,6 +1,8 @@
 """What every CPU engine must do, in every precision that this host has."""
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
@@ -136,3 +138,21 @@ def test_an_unknown_precision_is_no_variant() -> None:
     precisions: set[Precision] = {precision for _, precision in VARIANTS}
 
     assert precisions <= {"fp32", "bf16", "int8"}
+
+
+@pytest.mark.parametrize("backend", engines.ON["cpu"])
+def test_an_engine_s_library_sends_nothing_to_its_maker(tmp_path: Path, shipped: Bundle, backend: str) -> None:
+    """ONNX Runtime and OpenVINO keep what they will send, and whom it is of, in the home folder."""
+    script = f"""
+from pathlib import Path
+from resnet_ensemble.export import engines
+from resnet_ensemble.export.bundle import Bundle
+bundle = Bundle.open(Path({str(shipped.path)!r}))
+member, backend = bundle.manifest.members[0], engines.backend({backend!r})
+backend.load(backend.compile(bundle.read(member), "fp32", member.preprocessing), "fp32").close()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / ".cache")}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
+
+    assert list(tmp_path.rglob("*")) == []
