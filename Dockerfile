@@ -13,7 +13,7 @@ COPY server ./server
 COPY clients ./clients
 COPY bundles ./bundles
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ.get('RESNET_PORT', '8000') + '/readyz', timeout=2)"]
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://localhost:' + os.environ.get('RESNET_PORT', '8000') + '/readyz', timeout=2)"]
 CMD ["python", "-m", "resnet_ensemble.server"]
 
 FROM base AS gpu

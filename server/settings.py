@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     """Bytes of one encoded image."""
     max_image_pixels: int = Field(default=50_000_000, ge=1)
     """Width times height of one image, read from its header before it is decoded."""
-    max_images_per_request: int = Field(default=64, ge=1)
+    max_images_per_request: int = Field(default=64, ge=1, le=1000)
     """`image` parts in one request."""
     max_images_per_client: int | None = Field(default=None, ge=1)
     """Images in progress for one client address; above it the answer is 429. None, since a proxy is one address."""

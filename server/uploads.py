@@ -14,7 +14,7 @@ HINT = (
     "send a form (curl -F image=@cat.jpg) or the image itself "
     "(curl --data-binary @cat.jpg -H 'Content-Type: image/jpeg')"
 )
-_MAX_PARTS = 2000  # more than any setting makes sense for; beyond it the parser stops
+_MAX_PARTS = 2000  # more than any setting allows; beyond it the parser stops
 _MAX_FIELD_BYTES = 2**16
 
 
