@@ -20,7 +20,7 @@ GPU = .venv-gpu
 .PHONY: serve install test check bench gpu-check types-tensorrt links constraints clean
 
 serve: $(SERVE)/installed
-	RESNET_PORT=$(PORT) $(SERVE)/bin/python -m resnet_ensemble.server
+	RESNET_PORT=$(PORT) exec $(SERVE)/bin/python -m resnet_ensemble.server
 
 install: $(DEV)/installed
 

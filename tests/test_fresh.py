@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -39,7 +39,8 @@ def running(command: list[str], folder: Path, **variables: str) -> Iterator["sub
     try:
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
 
 
@@ -56,12 +57,17 @@ def wait_for_environment(marker: Path) -> None:
 
 def test_make_serve_sets_up_and_answers_a_picture(checkout: Path) -> None:
     port = free_port()
-    with running(["make", "serve", f"PORT={port}", f"PYTHON={sys.executable}"], checkout):
+    with running(["make", "serve", f"PORT={port}", f"PYTHON={sys.executable}"], checkout) as make:
         wait_for_environment(checkout / ".venv-serve" / "installed")
         wait_until_ready(f"http://127.0.0.1:{port}")
         ship = checkout / "bundles" / "cifar10" / "golden" / "ship.png"
         curl = ["curl", "-s", "-F", f"image=@{ship}", f"localhost:{port}/predict"]
         answer = json.loads(subprocess.run(curl, capture_output=True, check=True).stdout)
+        make.terminate()  # as a supervisor does, which knows of no other process
+        make.wait(60)
+        deadline = time.monotonic() + 60
+        while subprocess.run(curl, capture_output=True, check=False).returncode == 0:
+            assert time.monotonic() < deadline
 
     packages = {path.name.split("-")[0] for path in checkout.glob(".venv-serve/lib/*/site-packages/*")}
     assert answer["label"] == "ship"

@@ -9,6 +9,7 @@ exit codes: 0; 3 when a picture could not be classified; 2 when the server could
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="JSON lines in a terminal too")
     given = parser.parse_args(argv)
     plain = given.json or not sys.stdout.isatty()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # JSON is UTF-8, whatever the locale is
+        sys.stdout.reconfigure(encoding="utf-8" if plain else None, errors="backslashreplace")
     failed = False
     try:
         with Client(given.url) as client:

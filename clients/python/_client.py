@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import math
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
@@ -184,8 +185,16 @@ class Client:
                     raise CancelledError
 
     def _send(self, request: Request) -> httpx2.Response | httpx2.RequestError:
+        client = self._connections.here()
+        latest = time.monotonic() + _at_most(self._options.seconds(client.timeout))
         try:
-            return self._connections.here().request(request.method, request.url, **request.arguments)
+            with client.stream(request.method, request.url, **request.arguments) as response:
+                content = bytearray()
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    if time.monotonic() > latest:
+                        raise httpx2.ReadTimeout("the answer does not end", request=response.request)
+                return _whole(response, bytes(content))
         except httpx2.RequestError as error:
             return error
 
@@ -328,10 +337,28 @@ class AsyncClient:
                 await asyncio.sleep(step)
 
     async def _send(self, request: Request) -> httpx2.Response | httpx2.RequestError:
+        import asyncio  # noqa: PLC0415  # it takes long to import, and who has a Client needs none
+
+        client = self._connections.here()
+        seconds = _at_most(self._options.seconds(client.timeout))
         try:
-            return await self._connections.here().request(request.method, request.url, **request.arguments)
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
+                return await client.request(request.method, request.url, **request.arguments)
         except httpx2.RequestError as error:
             return error
+        except TimeoutError:
+            return httpx2.ReadTimeout("the answer does not end")
+
+
+def _at_most(seconds: float | None) -> float:
+    """For a request and its answer as a whole; each part of them may take `seconds`, from one byte to the next."""
+    return math.inf if seconds is None else 2 * seconds
+
+
+def _whole(response: httpx2.Response, content: bytes) -> httpx2.Response:
+    """The answer with its body, which was read and decoded as it came."""
+    headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() != "content-encoding"]
+    return httpx2.Response(response.status_code, headers=headers, content=content, request=response.request)
 
 
 async def _each(images: Iterable[Image] | AsyncIterable[Image]) -> AsyncIterator[Image]:

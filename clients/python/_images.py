@@ -46,6 +46,15 @@ Image: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Bin
 
 def encoded(image: Image) -> bytes:
     """The bytes to send for an image. Raises TypeError for what is none, and OSError for what can't be read."""
+    try:
+        return _encoded(image)
+    except (OSError, TypeError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises almost anything of a damaged file, and a closed one ValueError
+        raise OSError(f"the image can't be read: {type(error).__name__}: {error}") from error
+
+
+def _encoded(image: Image) -> bytes:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image)
     if isinstance(image, (str, os.PathLike)):

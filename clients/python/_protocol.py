@@ -64,6 +64,10 @@ class Options:
     max_retries: int = DEFAULT_RETRIES
     retry_seconds: float = DEFAULT_RETRY_SECONDS
 
+    def __post_init__(self) -> None:
+        if self.max_retries < 0 or self.retry_seconds < 0:
+            raise ValueError(f"max_retries={self.max_retries} and retry_seconds={self.retry_seconds} must be 0 or more")
+
     def seconds(self, default: httpx2.Timeout) -> float | None:
         """How long to wait for an answer, or None for as long as it takes. `default`: of the connections."""
         timeout = default if self.timeout is None else self.timeout
@@ -74,7 +78,8 @@ class Options:
         given = self.url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         try:
             url = httpx2.URL(given)
-        except httpx2.InvalidURL as error:
+            url.host.encode("idna")  # as a socket does it
+        except (httpx2.InvalidURL, UnicodeError) as error:
             raise ResnetError(f"{given!r} is no URL of a server: {error}") from error
         if url.scheme not in ("http", "https") or not url.host:
             raise ResnetError(f"{given!r} is no URL of a server; one is {DEFAULT_URL}")

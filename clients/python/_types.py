@@ -1,8 +1,33 @@
 """What the server answers, as frozen objects. Fields that a newer server adds are ignored."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+_T = TypeVar("_T")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    value.encode()  # what can't be, can't be written anywhere either
+    return value
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not -(2**31) <= value < 2**31:
+        raise TypeError(f"{value!r:.50} is no whole number of 32 bits")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no number")
+    return value
+
+
+def _or_none(check: Callable[[Any], _T], value: Any) -> _T | None:
+    return None if value is None else check(value)
 
 
 @dataclass(frozen=True)
@@ -17,7 +42,12 @@ class ClassProbability:
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Self:
         """From the server's JSON."""
-        return cls(answer["label"], answer["index"], answer["probability"], answer.get("confidence"))
+        return cls(
+            _text(answer["label"]),
+            _whole(answer["index"]),
+            _number(answer["probability"]),
+            _or_none(_number, answer.get("confidence")),
+        )
 
 
 @dataclass(frozen=True)
@@ -33,7 +63,13 @@ class MemberVote:
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> Self:
         """From the server's JSON."""
-        return cls(answer["member"], answer["label"], answer["index"], answer["probability"], answer.get("views"))
+        return cls(
+            _text(answer["member"]),
+            _text(answer["label"]),
+            _whole(answer["index"]),
+            _number(answer["probability"]),
+            _or_none(_whole, answer.get("views")),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,24 +113,24 @@ class Prediction:
     def parse(cls, answer: Mapping[str, Any], request_id: str) -> Self:
         """From the server's JSON."""
         return cls(
-            label=answer["label"],
-            index=answer["index"],
-            probability=answer["probability"],
+            label=_text(answer["label"]),
+            index=_whole(answer["index"]),
+            probability=_number(answer["probability"]),
             top=tuple(ClassProbability.parse(entry) for entry in answer["top"]),
             members=tuple(MemberVote.parse(vote) for vote in answer["members"]),
-            protocol=answer["protocol"],
-            views_used=answer["views_used"],
-            views_planned=answer["views_planned"],
-            bundle=answer["bundle"],
-            timings_ms=dict(answer["timings_ms"]),
+            protocol=_text(answer["protocol"]),
+            views_used=_whole(answer["views_used"]),
+            views_planned=_whole(answer["views_planned"]),
+            bundle=_text(answer["bundle"]),
+            timings_ms={_text(stage): _number(value) for stage, value in answer["timings_ms"].items()},
             request_id=request_id,
-            stop_rule=answer.get("stop_rule"),
-            certain=answer.get("certain"),
-            certain_top5=answer.get("certain_top5"),
-            entropy=answer.get("entropy"),
-            mutual_information=answer.get("mutual_information"),
-            abstained=answer.get("abstained"),
-            confidence=answer.get("confidence"),
+            stop_rule=_or_none(_text, answer.get("stop_rule")),
+            certain=_or_none(bool, answer.get("certain")),
+            certain_top5=_or_none(bool, answer.get("certain_top5")),
+            entropy=_or_none(_number, answer.get("entropy")),
+            mutual_information=_or_none(_number, answer.get("mutual_information")),
+            abstained=_or_none(bool, answer.get("abstained")),
+            confidence=_or_none(_number, answer.get("confidence")),
         )
 
 

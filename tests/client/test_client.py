@@ -3,12 +3,15 @@
 import asyncio
 import dataclasses
 import inspect
+import io
 import itertools
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +163,74 @@ def test_many_answers_come_in_order_with_errors_as_values(connected: Either, png
     ]
     labels = [answer.label for answer in answers if isinstance(answer, Prediction)]
     assert labels == ["truck", "airplane"] * 5
+
+
+def test_whatever_is_wrong_with_an_image_is_the_value_of_that_image_alone(
+    connected: Either, png: Png, tmp_path: Path
+) -> None:
+    closed = (tmp_path / "a.png").open("wb+")
+    closed.close()
+    damaged = io.BytesIO(b"BM" + bytes(8) + b"\x1a\0\0\0" + b"\x0c\0\0\0\x10\0\x10\0\1\0\x18\0")
+    pictures = [png(255), "a\0b.png", closed, Image.open(damaged), png(0)]
+
+    answers = list(connected.classify_many(pictures, protocol="center"))
+
+    assert [isinstance(answer, OSError) for answer in answers] == [False, True, True, True, False]
+    assert isinstance(answers[-1], Prediction)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"label": None},
+        {"label": 3},
+        {"index": "3"},
+        {"index": 2**40},
+        {"probability": "0.9"},
+        {"views_used": "many"},
+        {"timings_ms": {"total": None}},
+        {"top": [{"label": "cat", "index": 3, "probability": None}]},
+    ],
+    ids=str,
+)
+def test_an_answer_of_other_types_is_none_of_our_server(scripted: Scripted, png: Png, wrong: dict[str, Any]) -> None:
+    client, _ = scripted(ok(**wrong))
+
+    with pytest.raises(sdk.ResponseError, match="something else than a resnet-ensemble server"):
+        client.classify(png())
+
+
+def test_an_answer_that_does_not_end_is_waited_for_twice_as_long_as_a_part_of_it(
+    make: Callable[..., Either], png: Png
+) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def trickle() -> None:
+        with suppress(OSError):  # the client has left
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(200):
+                    connection.sendall(b" ")
+                    time.sleep(0.05)
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    client = make(None, url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.3, max_retries=0)
+    began = time.monotonic()
+    with pytest.raises(sdk.TimedOutError):
+        client.classify(png())
+    assert time.monotonic() - began < 5
+    listening.close()
+    thread.join()
+
+
+@pytest.mark.parametrize("wrong", [{"max_retries": -1}, {"retry_seconds": -1.0}])
+def test_fewer_retries_than_none_are_refused(wrong: dict[str, Any]) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            kind(**wrong)
 
 
 def test_many_reads_its_images_little_by_little(make: Callable[..., Either], png: Png) -> None:

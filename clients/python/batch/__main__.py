@@ -13,11 +13,13 @@ exit codes: 0; 3 finished, with error rows; 130 interrupted (143 by SIGTERM); 1 
 """
 
 import argparse
+import io
 import itertools
 import math
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from resnet_ensemble.client._errors import ResnetError
@@ -36,6 +38,9 @@ _PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and do the job. Returns the exit code."""
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the locale can't show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     job = _job(arguments)
     show = _Lines()
     try:
@@ -50,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         show.tell("left at once; what the ledger tells is kept")
         return 130
     show.end()
-    print(_told(summary), file=sys.stderr)
+    with suppress(OSError):
+        print(_told(summary), file=sys.stderr)
     return summary.exit_code
 
 
@@ -59,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="resnet-batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="where the pictures are")
-    parser.add_argument("--output", "-o", metavar="OUT", type=Path, required=True, help="where the rows go")
+    parser.add_argument("--output", "-o", metavar="OUT", type=_local, required=True, help="where the rows go")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", help="the server (default: $RESNET_CLIENT_URL or http://localhost:8000)")
     where.add_argument("--bundle", metavar="DIR", type=Path, help="classify in this process with this bundle instead")
@@ -105,6 +111,12 @@ def _job(arguments: argparse.Namespace) -> Job:
     columns = Columns(given["path_column"], given["bytes_column"], given["id_column"])
     names = Job.__dataclass_fields__.keys() & given.keys() - {"inputs"}
     return Job(inputs=tuple(given["inputs"]), columns=columns, **{name: given[name] for name in names})
+
+
+def _local(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is an address; rows are written to a local disk")
+    return Path(text)
 
 
 def _positive(text: str) -> int:
@@ -162,7 +174,10 @@ def _preview(job: Job) -> None:
 
 
 class _Lines:
-    """What a person sees on the standard error: one line that changes, or plain lines where there is no terminal."""
+    """What a person sees on the standard error: one line that changes, or plain lines where there is no terminal.
+
+    Where nobody can read it any more, such as on a full disk or a pipe that was closed, the job goes on.
+    """
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -174,20 +189,25 @@ class _Lines:
         if self._terminal:
             # A line that is wrapped would not be written over.
             line = line[: shutil.get_terminal_size().columns - 1]
-            print(f"\r{line:<{self._width}}", end="", file=sys.stderr, flush=True)
+            self._print(f"\r{line:<{self._width}}", end="")
             self._width = len(line)
         elif time.monotonic() - self._last >= _PLAIN_SECONDS:
-            print(line, file=sys.stderr, flush=True)
+            self._print(line)
             self._last = time.monotonic()
 
     def tell(self, message: str) -> None:
         self.end()
-        print(f"resnet-batch: {message}", file=sys.stderr, flush=True)
+        self._print(f"resnet-batch: {message}")
 
     def end(self) -> None:
         if self._width:
-            print(file=sys.stderr)
+            self._print("")
             self._width = 0
+
+    @staticmethod
+    def _print(line: str, end: str = "\n") -> None:
+        with suppress(OSError):
+            print(line, end=end, file=sys.stderr, flush=True)
 
 
 def _told(summary: Summary) -> str:

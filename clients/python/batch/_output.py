@@ -181,6 +181,7 @@ class Output:
                     shard = _SHARD.fullmatch(entry.shard)
                     # In a folder the order of the rows is that of the names.
                     name = f"part-{shard[1]}-kept{self._format.suffix}" if shard else self._next_name()
+                    name = self._next_name() if name == self._target.name else name
                     self._commit(name, kept, entry.rows - entry.errors, 0, (entry.shard,))
         self._remove_what_is_not_live()
         return dropped
@@ -270,6 +271,8 @@ class Output:
     def _next_name(self) -> str:
         names = [entry.shard for entry in self._entries if entry.shard]
         number = 1 + max((int(found[1]) for found in map(_SHARD.fullmatch, names) if found), default=-1)
+        # What all are joined to may be named like one.
+        number += f"part-{number:06}{self._format.suffix}" == self._target.name
         return f"part-{number:06}{self._format.suffix}"
 
     def _append(self, entry: Entry) -> None:

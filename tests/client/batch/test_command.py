@@ -130,7 +130,14 @@ def test_an_output_that_can_not_be_written_is_told_in_a_line(
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--sample", "2"], ["--limit", "0"], ["--timeout", "nan"], ["--patience", "-1"], ["--url", "x", "--bundle", "y"]],
+    [
+        ["--sample", "2"],
+        ["--limit", "0"],
+        ["--timeout", "nan"],
+        ["--patience", "-1"],
+        ["--url", "x", "--bundle", "y"],
+        ["--output", "s3://bucket/rows"],
+    ],
 )
 def test_wrong_options_are_told(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
@@ -170,6 +177,30 @@ def test_a_line_is_not_longer_than_the_terminal_is_wide(monkeypatch: pytest.Monk
 
     assert terminal.getvalue().startswith("\r0/1,000,000 (0.0%), 0.0/s, ")
     assert len(terminal.getvalue()) == 40
+
+
+def test_a_job_goes_on_where_nobody_can_read_how_it_goes(photos: Path, tmp_path: Path, fake_server: str) -> None:
+    """On a full disk, or into a pipe that was closed."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, photos, "--output", "rows.jsonl", "--url", fake_server],
+            cwd=tmp_path, stderr=full, check=False, env=_environment(),
+        )  # fmt: skip
+
+    assert done.returncode == 0
+    assert len(rows_of(tmp_path / "rows.jsonl")) == 60
+
+
+def test_a_name_that_the_locale_can_t_show_is_no_reason_to_stop(tmp_path: Path, png: Png) -> None:
+    (tmp_path / "caf\N{LATIN SMALL LETTER E WITH ACUTE}.png").write_bytes(png())
+
+    done = subprocess.run(
+        [*COMMAND, tmp_path, "--output", "rows", "--dry-run"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=_environment() | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "caf\\xe9.png" in done.stdout
 
 
 def test_paths_come_from_the_standard_input(photos: Path, tmp_path: Path, fake_server: str) -> None:

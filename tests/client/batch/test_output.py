@@ -358,3 +358,22 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
 
     with pytest.raises(MissingExtraError, match=r"Parquet needs pyarrow.*pip install 'resnet-ensemble\[batch\]'"):
         Output(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    "name", ["part-000000.jsonl", "part-000001.parquet", "part-000002-kept.jsonl", "part-000001-kept.jsonl"]
+)
+def test_one_file_may_be_named_like_a_shard(tmp_path: Path, name: str) -> None:
+    """As those of a job that is spread over machines are."""
+    target = tmp_path / name
+    for _ in range(2):
+        with begun(target) as output:
+            known = set(output.ids())
+            for start in range(0, 60, 20):
+                rows = [row(f"{i}", "bad" if i % 7 == 0 and not known else None) for i in range(start, start + 20)]
+                output.commit([new for new in rows if new["id"] not in known])
+            output.finish()
+            assert output.files() == [target]
+            output.drop_errors()
+            output.finish()
+    assert len(rows_on_disk(target)) == 60 - 9 + 9
