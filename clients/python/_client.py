@@ -42,7 +42,8 @@ class Client:
     - url: where the server is; by default $RESNET_CLIENT_URL or http://localhost:8000
     - api_key: sent as a bearer token, for a gateway in front of the server; by default $RESNET_CLIENT_API_KEY or none
     - timeout: seconds for an answer, or an httpx2.Timeout; by default 60, and 5 to connect, or what `http_client` has.
-      The server is told, refuses at once what it could not answer in time, and drops what nobody waits for
+      One that comes little by little may take twice as long. The server is told, refuses at once what it could not
+      answer in time, and drops what nobody waits for
     - max_retries: attempts after the first, on connection errors, 408, 429 and 5xx, as `Retry-After` asks
     - retry_seconds: no retry begins later than this after the first attempt
     - http_client: an httpx2.Client of your own (proxies, certificates, transports); it is not closed by this one
