@@ -60,7 +60,7 @@ class Declared(_Part):
     def identity(self) -> str:
         """A hash of the declaration and of the files that it names: the same as long as the bundle would be."""
         digest = hashlib.sha256(self.model_dump_json().encode())
-        for named in (*(member.weights for member in self.members), str(self.labels or "")):
+        for named in [member.weights for member in self.members] + [str(self.labels)] * bool(self.labels):
             path = Path(named) / "checkpoint.safetensors" if Path(named).is_dir() else Path(named)
             if path.is_file():
                 digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -323,7 +323,7 @@ def export_declared(
     """
     name = name or path.resolve().name
     if not re.fullmatch(NAME, name):
-        raise ExportError(f"{name!r} is no name for a bundle: letters, digits, dot, dash, underscore; give it a --name")
+        raise ExportError(f"{name!r} is no name for a bundle: letters, digits, dot, dash, underscore; give it another")
     if not re.fullmatch(VERSION, version):
         raise ExportError(f"{version!r} is no version of a bundle: letters, digits and signs of ASCII, without spaces")
     made = None if calibration else made_before(path, chosen)

@@ -289,22 +289,25 @@ of the same picture. {says}, {count} views of each picture:
 
 ## A client
 
-`pip install 'tritonclient[grpc]' pillow`, and the package resnet-ensemble, whose `make_views` has no other needs.
+`pip install 'tritonclient[grpc]' pillow`, and the package resnet-ensemble; what is taken of it has no other needs.
 
 ```python
 import sys
 from pathlib import Path
 
 import tritonclient.grpc as triton
-from PIL import Image, ImageOps
+from PIL import Image
 
+from resnet_ensemble.training.pixels import to_rgb
 from resnet_ensemble.training.views import Preprocessing, make_views
 
 SEEN = {{
 {seen}
 }}
 
-image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+image = Image.open(sys.argv[1])
+image.load()
+image = to_rgb(image)  # upright, transparency on white, 16 bits as 8, as the server does it
 inputs = []
 for name, preprocessing in SEEN.items():
     views = make_views(image, preprocessing, "{protocol}")  # uint8 ({count}, crop, crop, 3)

@@ -341,7 +341,9 @@ def _shortcut(state: dict[str, Tensor], unprojected: Unprojected) -> Shortcut:
         return unprojected
     if unprojected == "plain":
         raise WeightsError("a plain network has no shortcuts, and these weights have projections")
-    return "C" if "layer1.1.downsample.0.weight" in state else "B"
+    # Networks of basic blocks that begin with as many channels as they have need none in their first block.
+    first = "layer1.0.downsample.0.weight" in state and "layer1.0.conv3.weight" not in state
+    return "C" if first or "layer1.1.downsample.0.weight" in state else "B"
 
 
 def _some(state: dict[str, Tensor]) -> str:

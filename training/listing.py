@@ -28,7 +28,8 @@ def listing() -> str:
     """A table: parameters, multiply-adds for one picture, iterations, compute in PFLOP, and the top-1 error in %.
 
     The errors of the paper's recipes are the paper's (by its own, ResNet-20 reached 8.34 % here, of the validation
-    images); ffcv-imagenet's are of recipes much like ours. Nothing else has been run yet.
+    images); ffcv-imagenet's are of recipes like ours, but with BlurPool and tested at 256 pixels. Nothing else has been
+    run yet.
     """
     title = f"{'recipe':<27}{'parameters':>12}{'mult-adds':>12}{'batches':>9}{'of':>6}{'PFLOP':>13}  top-1 error in %"
     return "\n".join([title, *map(_line, RECIPES.values())])

@@ -32,7 +32,7 @@ def plateau(val_errors: Sequence[float], *, peak: float, patience: int) -> float
     `patience` epochs in a row without a new lowest error, and one more.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    scheduler = ReduceLROnPlateau(optimizer, factor=0.1, patience=patience)
+    scheduler = ReduceLROnPlateau(optimizer, factor=0.1, patience=patience, threshold=0)
     for error in val_errors:
         scheduler.step(error)
     rate: float = optimizer.param_groups[0]["lr"]

@@ -133,3 +133,15 @@ def test_a_network_is_no_two_members_whatever_its_files_are_called(tmp_path: Pat
         with pytest.raises(WeightsError, match=r"is the network of .*a\.pth once more"):
             read('a.pth"', 'c.pth"', other)
     assert read('a.pth"', 'c.pth"', 'a.pth", padding = 4', 'a.pth", shortcut = "plain"') == 4
+
+
+def test_what_a_bundle_is_made_of_does_not_depend_on_the_folder_it_is_made_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    chosen = declared.choose([str(tmp_path / "weights.pth")], None, None)
+    before = chosen.identity()
+
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"of a run")
+    monkeypatch.chdir(tmp_path)
+    assert chosen.identity() == before

@@ -179,7 +179,7 @@ def test_bytes_are_cast_before_anything_else_since_tensorrt_can_do_nothing_with_
 
 @pytest.mark.parametrize("folder", ["my bundle", ".hidden"])
 def test_a_folder_whose_name_is_no_bundle_s_asks_for_a_name(tmp_path: Path, folder: str) -> None:
-    with pytest.raises(to_onnx.ExportError, match=rf"'{folder}' is no name for a bundle.*give it a --name"):
+    with pytest.raises(to_onnx.ExportError, match=rf"'{folder}' is no name for a bundle.*give it another"):
         to_onnx.export_declared(declared.choose(["mine.pth"], None, None), tmp_path / folder)
 
 

@@ -51,7 +51,7 @@ def test_torchvision_s_state_dict_becomes_the_network_that_gives_its_logits(dept
 
 @pytest.mark.parametrize("option", ["A", "B", "C"])
 def test_shortcuts_are_read_off_the_tensors(option: Shortcut) -> None:
-    for made in (imagenet(34, classes=5, shortcut=option).eval(), cifar(20, shortcut=option).eval()):
+    for made in (imagenet(34, classes=5, shortcut=option).eval(), *(cifar(n, shortcut=option).eval() for n in (8, 20))):
         assert torch.equal(logits(weights.network_of(made.state_dict())[1]), logits(made))
 
 
