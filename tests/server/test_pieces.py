@@ -196,12 +196,8 @@ def tiff(*entries: tuple[int, int, int], order: str = "<", large: bool = False, 
     return letters + head[2:] + directory + bytes(width) + bytes(behind)
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("order", "large"), [("<", False), (">", False), ("<", True)])  # Pillow reads no others
 def test_a_tiff_of_far_too_many_strips_or_entries_is_refused(order: str, large: bool) -> None:
-    if large and order == ">":
-        pytest.skip("Pillow reads no such files")
-
     def strips(count: int) -> bytes:
         return tiff((273, 3, count), (279, 3, count), order=order, large=large, behind=4 * count + 48 * 32)
 
