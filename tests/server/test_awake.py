@@ -75,7 +75,10 @@ async def test_cpus_are_kept_awake_while_a_request_is_answered_and_a_little_long
 
 
 @in_a_loop
-async def test_the_gaps_of_a_stream_of_requests_are_bridged(device: Path, driver: Path) -> None:
+async def test_the_gaps_of_a_stream_of_requests_are_bridged(
+    device: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(awake, "LINGER", 10.0)  # however late a busy machine is
     cpus = Awake(device, driver)
 
     for _ in range(8):
@@ -83,6 +86,7 @@ async def test_the_gaps_of_a_stream_of_requests_are_bridged(device: Path, driver
             pass
         await asyncio.sleep(0.02)
         assert cpus.holds
+    cpus.close()
 
 
 @in_a_loop

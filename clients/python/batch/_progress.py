@@ -20,7 +20,7 @@ class Progress:
     rows: int = 0
     errors: int = 0
     requests: int = 0
-    refusals: int = 0  # 429 and 503
+    refusals: int = 0  # 429, 503, and timeouts
     views_used: int = 0
     views_planned: int = 0
     concurrency: int = 0
