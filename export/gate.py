@@ -21,7 +21,7 @@ from PIL import Image
 
 from resnet_ensemble.export import golden, labelled
 from resnet_ensemble.export.bundle import Bundle, Member
-from resnet_ensemble.export.engines import Engine, Precision
+from resnet_ensemble.export.engines import BUCKETS, Engine, Precision
 from resnet_ensemble.export.labelled import PictureUnreadable
 from resnet_ensemble.training import pixels
 from resnet_ensemble.training.views import Preprocessing, make_blocks, make_views
@@ -30,8 +30,7 @@ _T = TypeVar("_T")
 MOST_IMAGES = 512
 # One of so many is what INT8 may disagree on.
 FEWEST_IMAGES = 20
-# Views in a run, in turn. As many as TensorRT's buckets have.
-BATCHES = (1, 2, 5, 10, 20, 40)
+BATCHES = BUCKETS  # views in a run, in turn
 WHOLE_IMAGES = 8
 CALIBRATION_BATCH = 16
 # INT8 is calibrated on about as many views: of few pictures several each, the centre first, then corners and mirrors

@@ -248,8 +248,8 @@ class Scheduler:
         with self._lock:
             released = self._decide.release(job)
             self._wake()  # there may be room to decode another one
-        if released and job.future.cancel():
-            job.future.set_running_or_notify_cancel()  # wakes whoever waits for it
+        if released:
+            job.future.cancel()
 
     def fail(self, job: Job, error: Exception) -> None:
         """Answer a job with an error. Without effect on a finished one."""

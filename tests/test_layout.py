@@ -23,6 +23,8 @@ ALLOWED = {
 # A batch job without a server runs the server's application in its own process. It imports it inside a function:
 # test_the_sdk_loads_no_numpy_and_no_pillow fails otherwise.
 LAZY = {"clients/python/batch/_servers.py": {"server"}}
+# Beside training/, these alone use torch.
+TORCH = {"export/to_onnx.py", "export/weights.py"}
 HEAVY = {"torch", "torchvision", "onnx", "onnxscript", "safetensors"}
 
 
@@ -47,6 +49,17 @@ def wrong_directions(root: Path) -> list[str]:
         for name in imported(file)
         if name.startswith("resnet_ensemble.")
         and name.split(".")[1] not in allowed | LAZY.get(str(file.relative_to(root)), set())
+    ]
+
+
+def users_of_torch(root: Path) -> list[str]:
+    """Modules that import it though a machine which builds engines or serves may have none."""
+    return [
+        str(file.relative_to(root))
+        for folder in ("export", "server", "client")
+        for file in modules(root, folder)
+        if str(file.relative_to(root)) not in TORCH
+        and any(name.split(".")[0] in ("torch", "torchvision") for name in imported(file))
     ]
 
 
@@ -80,6 +93,10 @@ def import_all(root: Path, name: str) -> str:
 
 def test_imports_point_to_the_left(root: Path) -> None:
     assert wrong_directions(root) == []
+
+
+def test_torch_is_for_training_and_for_export_alone(root: Path) -> None:
+    assert users_of_torch(root) == []
 
 
 def test_no_module_shadows_a_package(root: Path) -> None:
@@ -189,3 +206,11 @@ def test_a_module_named_as_the_standard_library_is_found_by_the_linter(root: Pat
     found = subprocess.run(command, cwd=root, input='"""."""\n', capture_output=True, text=True, check=False)
 
     assert "A005" in found.stdout
+
+
+def test_torch_in_a_backend_is_found(broken: Path) -> None:
+    (broken / "export" / "backend.py").write_text("def load() -> None:\n    from torch import nn\n")
+    (broken / "export" / "weights.py").write_text("import torch\n")
+    (broken / "training" / "train.py").write_text("import torch\n")
+
+    assert users_of_torch(broken) == ["export/backend.py"]

@@ -206,6 +206,8 @@ def main() -> None:
     parser.add_argument("--protocol", action="append", choices=ALL_PROTOCOLS, help="may be repeated (default: all)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode and cut (default: 0, here)")
     arguments = parser.parse_args()
+    if arguments.workers < 0:
+        parser.error(f"--workers {arguments.workers}: there can't be fewer than none")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # torch's default rounds the factors of convolutions to 10 bits
     try:

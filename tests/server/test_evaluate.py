@@ -171,6 +171,16 @@ def test_a_wrong_setting_is_refused_with_one_line(
         evaluate.main()
 
 
+def test_errors_of_the_fake_backend_are_not_recorded(
+    tmp_path: Path, pair: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESNET_BACKEND", "fake")
+    monkeypatch.setattr("sys.argv", ["evaluate", str(pair.path), str(tmp_path), "--record"])
+
+    with pytest.raises(SystemExit, match=r"^evaluate: errors of the fake backend would mean nothing"):
+        evaluate.main()
+
+
 @pytest.mark.parametrize(
     ("name", "reason"), [("plot.pdf", "2"), ("plot.png", r"^evaluate: .*Is a directory: '.*plot\.png'")]
 )

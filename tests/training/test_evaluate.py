@@ -181,3 +181,14 @@ def test_the_command_ends_with_one_line_or_quietly(
     with pytest.raises(SystemExit) as ended:
         evaluate.main()
     assert ended.value.code == code
+
+
+def test_fewer_workers_than_none_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", "run", "--data", str(tmp_path), "--workers", "-1"])
+
+    with pytest.raises(SystemExit) as refused:
+        evaluate.main()
+    assert refused.value.code == 2
+    assert "--workers -1" in capsys.readouterr().err
