@@ -19,23 +19,18 @@ TensorRT or no ONNX Runtime that can use it. 2: a member that was asked for is n
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import platform
 import runpy
-import signal
 import statistics
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 if importlib.util.find_spec("resnet_ensemble") is None:
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "training" / "environment.py"))
@@ -49,6 +44,7 @@ from resnet_ensemble.export.engine_store import tolerance
 from resnet_ensemble.export.engines import BUCKETS, BackendUnavailable, Engine, EngineLoadError, NotInstalled, Precision
 from resnet_ensemble.export.engines.gpu import has_driver
 from resnet_ensemble.export.gate import Pictures
+from resnet_ensemble.export.gpu_report import DoesNotHold, Report, apart
 from resnet_ensemble.export.precisions import float8
 from resnet_ensemble.training.views import SCALES, Preprocessing, shorter_side
 
@@ -59,120 +55,6 @@ ROUNDS = 20  # of runs side by side
 # plans its convolutions anew, took 110 to 170 ms, and 3 to 16 where they did not (ResNet-50, FP32, NVIDIA H200,
 # 2026-11-27).
 SLOWEST_IN_TURN = 5
-
-T = TypeVar("T")
-
-
-MARKS = {True: "holds", False: "**does not hold**", None: "not tried"}
-
-
-class DoesNotHold(Exception):
-    """What a check found instead of what it should."""
-
-
-@dataclass
-class Check:
-    """One thing that should hold. `held` is None where it could not be tried, since what it needs failed."""
-
-    name: str
-    held: bool | None
-    found: str
-
-
-@dataclass
-class Report:
-    """Everything that was found. `rates`: views/s, one run at a time and two, by engine and batch."""
-
-    about: dict[str, str]
-    checks: list[Check] = field(default_factory=list)
-    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-
-    @property
-    def held(self) -> bool:
-        """Whether all that was tried held, and all could be tried."""
-        return all(check.held for check in self.checks)
-
-    def run(self, name: str, check: Callable[[], tuple[T, str]]) -> T | None:
-        """Do a check; keep what it says, or how it failed. What it made, or None."""
-        try:
-            made, found = check()
-        except Exception as error:  # noqa: BLE001  # whatever fails here is what somebody wants to read
-            kind = "" if isinstance(error, DoesNotHold) else f"{type(error).__name__}: "
-            where = "" if isinstance(error, DoesNotHold) else f" ({_place(error)})"
-            self.add(Check(name, held=False, found=f"{kind}{error}{where}"))
-            return None
-        self.add(Check(name, held=True, found=found))
-        return made
-
-    def skip(self, name: str, why: str) -> None:
-        """Keep that a check could not be tried."""
-        self.add(Check(name, held=None, found=why))
-
-    def add(self, check: Check) -> None:
-        """Keep what a check found."""
-        self.checks.append(check)
-        print(f"{MARKS[check.held]}: {check.name}", file=sys.stderr)
-
-    def markdown(self) -> str:
-        """For people."""
-        lines = ["# GPU check", "", *(f"- {key}: {value}" for key, value in self.about.items()), ""]
-        lines += ["| check | | found |", "|---|---|---|"]
-        lines += [
-            f"| {c.name} | {MARKS[c.held]} | {' '.join(c.found.split()).replace('|', '/')} |" for c in self.checks
-        ]
-        batches = sorted({int(n) for rates in self.rates.values() for n in rates})
-        if batches:
-            lines += ["", "Views/s by batch, one run at a time / two side by side (medians).", ""]
-            lines += [f"| engine | {' | '.join(map(str, batches))} |", "|---|" + "---|" * len(batches)]
-            for name, rates in self.rates.items():
-                cells = [" / ".join(f"{rate:,.0f}" for rate in rates.get(str(n), [])) for n in batches]
-                lines.append(f"| {name} | {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
-
-    def write(self, folder: Path) -> None:
-        """gpu-check.md and gpu-check.json."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "gpu-check.md").write_text(self.markdown())
-        (folder / "gpu-check.json").write_text(json.dumps(asdict(self) | {"held": self.held}, indent=1) + "\n")
-
-
-class _Sent(Report):
-    """What a process finds for another."""
-
-    def __init__(self, to: Connection) -> None:
-        super().__init__({})
-        self._to = to
-
-    def add(self, check: Check) -> None:
-        """Send it at once: the next check may end the process."""
-        self._to.send(check)
-
-
-def apart(report: Report, title: str, work: Callable[..., T], *given: Any) -> T | None:
-    """`work(report, *given)` in a process of its own. What it returns, or None if the process ended before."""
-    context = multiprocessing.get_context("spawn")  # a fork of a process that has asked CUDA anything can't use it
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, work, given))
-    process.start()
-    sender.close()
-    made = None
-    try:
-        while isinstance(found := receiver.recv(), Check):
-            report.add(found)
-        made, rates = found
-        report.rates |= rates
-    except EOFError:
-        process.join()
-        code = process.exitcode or 0
-        ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        report.add(Check(f"{title}: all else", held=False, found=f"its process ended with {ended}"))
-    process.join()
-    return made
-
-
-def _work(to: Connection, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
-    report = _Sent(to)
-    to.send((work(report, *given), report.rates))
 
 
 def check_all(
@@ -448,11 +330,6 @@ def _damaged(backend: engines.Backend, plan: bytes) -> tuple[None, str]:
 
 def _noise(n: int, height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (n, height, width, 3), np.uint8)
-
-
-def _place(error: BaseException) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def main() -> None:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +16,8 @@ from resnet_ensemble.export import gpu_check
 from resnet_ensemble.export.bundle import Bundle
 from resnet_ensemble.export.engines import BUCKETS, onnx_runtime_cuda, tensorrt_builder, tensorrt_gpu
 from resnet_ensemble.export.engines.tensorrt_builder import BuildFailed, Plan
-from resnet_ensemble.export.gpu_check import SLOWEST_IN_TURN, Check, Report
+from resnet_ensemble.export.gpu_check import SLOWEST_IN_TURN
+from resnet_ensemble.export.gpu_report import Check, Report
 from tests.export.engines import fake_gpu
 from tests.export.engines.fake_gpu import Cudart, TensorRt
 from tests.export.engines.fake_sessions import Sessions
@@ -61,7 +60,7 @@ def within(report: Report, _title: str, work: Callable[..., Any], *given: Any) -
     return work(report, *given)
 
 
-def found(report: Report, name: str) -> gpu_check.Check:
+def found(report: Report, name: str) -> Check:
     (one,) = [check for check in report.checks if check.name.endswith(name) and "onnxruntime-cuda/" not in check.name]
     return one
 
@@ -198,36 +197,6 @@ def test_precisions_that_the_gpu_lacks_are_not_tried(
 
     assert found(report, "fp8: all").found.endswith("does not compute in fp8")
     assert not report.held
-
-
-def checked(report: Report, found: str) -> int:
-    report.run("some", lambda: (None, found))
-    report.rates["engine"] = {"1": [2.0]}
-    return os.getpid()
-
-
-def crashed(report: Report) -> None:
-    report.run("some", lambda: (None, "found before"))
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_an_engine_is_checked_in_a_process_of_its_own() -> None:
-    report = Report({})
-
-    assert gpu_check.apart(report, "engine", checked, "right") not in (None, os.getpid())
-    assert report.checks == [Check("some", held=True, found="right")]
-    assert report.rates == {"engine": {"1": [2.0]}}
-
-
-def test_a_library_that_crashes_is_a_finding_and_what_was_found_before_is_kept() -> None:
-    report = Report({})
-
-    assert gpu_check.apart(report, "engine", crashed) is None
-    assert report.checks == [
-        Check("some", held=True, found="found before"),
-        Check("engine: all else", held=False, found="its process ended with SIGKILL"),
-    ]
-    assert gpu_check.apart(report, "next", checked, "right") is not None
 
 
 def test_without_a_gpu_the_command_says_so_and_ends_well(root: Path, tmp_path: Path) -> None:
